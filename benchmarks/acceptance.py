@@ -1,0 +1,144 @@
+"""Holds a result file against the performance this package promises, line by line.
+
+`python -m benchmarks.acceptance FILE.json` prints every line with the measured ratio and exits with
+1 if one does not hold.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import load
+
+CASE = "c2d_r50_128x1/res3@224"
+SHAPE = {"B": 2, "N": 12544, "M": 3136, "D": 256, "V": 256}
+
+Rows = Mapping[str, Mapping[str, Any]]
+"""Provider name -> its row, within one problem."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """`measure` of the rows of one problem has to be at least, or at most, `bound`."""
+
+    kind: str
+    dtype: str
+    passes: str
+    text: str
+    bound: float
+    measure: Callable[[Rows], float]
+    at_most: bool = False
+
+
+def _speedup(provider: str, *baselines: str) -> Callable[[Rows], float]:
+    """Speed of a provider over the fastest of the baselines."""
+
+    def measure(rows: Rows) -> float:
+        return min(rows[provider]["speedup_over"][name] for name in baselines)
+
+    return measure
+
+
+def _extra_memory(rows: Rows) -> float:
+    """Bytes of chunked beyond operands and results, as a share of those of naive."""
+    chunked, naive = (
+        row["peak_mib"] - row["output_mib"] for row in (rows["chunked"], rows["naive"])
+    )
+    return chunked / naive
+
+
+def _softmax(dtype: str, passes: str, text: str, bound: float, *baselines: str) -> Line:
+    return Line("softmax", dtype, passes, text, bound, _speedup("chunked", *baselines))
+
+
+LINES = (
+    _softmax("bfloat16", "forward", "chunked over SDPA", 3.0, "sdpa"),
+    _softmax("bfloat16", "forward", "chunked over naive", 1.5, "naive"),
+    _softmax("float32", "forward", "chunked over SDPA", 0.85, "sdpa"),
+    _softmax("bfloat16", "forward_backward", "chunked over SDPA", 2.0, "sdpa"),
+    _softmax("bfloat16", "forward_backward", "chunked over naive", 1.0, "naive"),
+    _softmax(
+        "float32", "forward_backward", "chunked over the better of both", 0.8, "sdpa", "naive"
+    ),
+    *(
+        Line(
+            "softmax", dtype, passes, "extra memory, of naive's", 0.05, _extra_memory, at_most=True
+        )
+        for dtype in ("bfloat16", "float32")
+        for passes in ("forward", "forward_backward")
+    ),
+    Line(
+        "dot_product",
+        "float32",
+        "forward",
+        "chunked over naive",
+        15.0,
+        _speedup("chunked", "naive"),
+    ),
+    Line(
+        "dot_product",
+        "float32",
+        "forward",
+        "chunked over two bmm",
+        0.95,
+        _speedup("chunked", "two_bmm"),
+    ),
+)
+
+
+def problems(report: Mapping[str, Any], case: str) -> dict[tuple[str, str, str], Rows]:
+    """(kind, dtype, pass) -> provider -> row, for the measured rows of one case."""
+    found: dict[tuple[str, str, str], dict[str, Mapping[str, Any]]] = {}
+    for row in report["rows"]:
+        if row["case"] == case and row["status"] == "ok":
+            found.setdefault((row["kind"], row["dtype"], row["pass"]), {})[row["provider"]] = row
+    return found
+
+
+def verdicts(report: Mapping[str, Any]) -> list[tuple[Line, float | None, bool]]:
+    """(line, measured value or None where it was not measured, whether it holds) for every line."""
+    measured = problems(report, CASE)
+    result = []
+    for line in LINES:
+        rows = measured.get((line.kind, line.dtype, line.passes), {})
+        at_shape = all(row["shape"] == SHAPE for row in rows.values())
+        try:
+            value = line.measure(rows) if at_shape else None
+        except (KeyError, TypeError):
+            # A provider the line speaks of has no measured row, or no such baseline was measured.
+            value = None
+        holds = value is not None and (value <= line.bound if line.at_most else value >= line.bound)
+        result.append((line, value, holds))
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the lines of one file; returns 1 if any fails, 2 if the file cannot be read."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if len(given) != 1:
+        print("usage: python -m benchmarks.acceptance FILE.json", file=sys.stderr)
+        return 2
+    try:
+        report = load(Path(given[0]))
+    except (OSError, ValueError) as error:
+        print(f"acceptance: {error}", file=sys.stderr)
+        return 2
+    found = verdicts(report)
+    for line, value, holds in found:
+        said = "not measured" if value is None else f"{value:.3f}"
+        sign = "<=" if line.at_most else ">="
+        print(
+            f"{'holds' if holds else 'FAILS'}  {line.kind:12} {line.dtype:9} {line.passes:17}"
+            f"{line.text:32} {said:>12} {sign} {line.bound}"
+        )
+    busy = max((row.get("foreign_cores") or 0.0 for row in report["rows"]), default=0.0)
+    print(f"other processes used up to {busy:.2f} cores meanwhile")
+    return 0 if all(holds for _, _, holds in found) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

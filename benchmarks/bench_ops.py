@@ -1,0 +1,328 @@
+"""Measures the low-level operations against other implementations of the same mathematics.
+
+Two entries: `python -m benchmarks.bench_ops` writes a result file with interleaved, judged
+measurements; `pytest benchmarks/bench_ops.py` gives a quick look at small shapes through
+pytest-benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import results
+from benchmarks.checks import Judge, WrongResult, step
+from benchmarks.providers import PROVIDERS, Provider, chosen_backend, select_providers
+from benchmarks.registry import DTYPES, GROUPS, KINDS, Case, select_cases
+from benchmarks.timing import (
+    ForeignLoad,
+    Timer,
+    gemm_tflops,
+    interleave,
+    quantiles,
+    synchronised_clock,
+)
+from nlkernels._memory import PeakMemory
+
+PASSES = ("forward", "forward_backward")
+
+BUSY_CORES = 0.1
+"""Average foreign load above which a measurement is called disturbed."""
+
+BASELINES = {
+    "naive": ("naive",),
+    "two_bmm": ("two_bmm",),
+    "sdpa": ("sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "sdpa_math"),
+}
+"""What speed-ups are stated over: the fastest of each group within the same run."""
+
+
+def make_operands(
+    case: Case, dtype: torch.dtype, device: torch.device, seed: int
+) -> tuple[Tensor, ...]:
+    """query, key, value and gradient of the output: standard normal, drawn on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((case.n, case.d), (case.m, case.d), (case.m, case.v), (case.n, case.v))
+    return tuple(
+        torch.randn(case.batch, rows, width, generator=generator).to(device, dtype)
+        for rows, width in sizes
+    )
+
+
+def measure(
+    case: Case,
+    providers: list[Provider],
+    dtype_name: str,
+    passes: str,
+    device: torch.device,
+    *,
+    rounds: int,
+    seed: int = 0,
+    gemm: float | None = None,
+) -> list[dict[str, Any]]:
+    """Judges and times providers on one problem.
+
+    Args:
+        case: The problem.
+        providers: What is compared; rows come back in this order.
+        dtype_name: "float32", "bfloat16" or "float16".
+        passes: "forward" or "forward_backward".
+        device: Where to run.
+        rounds: Interleaved rounds, one sample per provider each.
+        seed: Seed of operands and of the judged sample.
+        gemm: Measured matrix-product rate in TFLOP/s that rates are stated against; None leaves
+            the share out.
+
+    Returns:
+        One row per provider (see README.md of this folder). A provider whose result is wrong has
+        status "refused" and no times.
+    """
+    dtype = getattr(torch, dtype_name)
+    operands = make_operands(case, dtype, device, seed)
+    judge = Judge(case, operands, passes, seed)
+    rows, steps = {}, {}
+    for provider in providers:
+        row = _blank_row(case, provider, dtype_name, passes)
+        rows[provider.name] = row
+        row["reason"] = provider.reason(case, dtype, device)
+        if row["reason"]:
+            row["status"] = "unserved"
+            continue
+        call = step(provider.function(case.kind), case, operands, passes)
+        _judge_and_weigh(row, call, judge, device)
+        if row["status"] == "ok":
+            steps[provider.name] = call
+            if provider.name == "auto":
+                row["backend"] = chosen_backend(case, dtype, device)
+    with ForeignLoad() as foreign:
+        samples = interleave(steps, Timer(device), rounds)
+    for name, taken in samples.items():
+        rows[name] |= {"time_ms": quantiles(taken), "samples_ms": taken}
+        rows[name]["foreign_cores"] = foreign.cores
+    for name in samples:
+        _derive(rows[name], rows, case.flop(passes), gemm)
+    return list(rows.values())
+
+
+def _blank_row(case: Case, provider: Provider, dtype_name: str, passes: str) -> dict[str, Any]:
+    return {
+        "case": case.name,
+        "kind": case.kind,
+        "dtype": dtype_name,
+        "pass": passes,
+        "shape": {"B": case.batch, "N": case.n, "M": case.m, "D": case.d, "V": case.v},
+        "provider": provider.name,
+        "backend": None,
+        "status": "ok",
+        "reason": "",
+    }
+
+
+def _judge_and_weigh(
+    row: dict[str, Any],
+    call: Callable[[], dict[str, Tensor]],
+    judge: Judge,
+    device: torch.device,
+) -> None:
+    try:
+        row["error"] = judge.check(row["provider"], call())
+        gc.collect()
+        with PeakMemory(device) as peak:
+            outputs = call()
+    except WrongResult as error:
+        row |= {"status": "refused", "reason": str(error)}
+        return
+    except (RuntimeError, NotImplementedError) as error:
+        row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:400]}
+        return
+    row["peak_mib"] = peak.live_mib
+    row["device_peak_mib"] = peak.device_mib
+    row["output_mib"] = sum(t.numel() * t.element_size() for t in outputs.values()) / 2**20
+
+
+def _derive(
+    row: dict[str, Any], rows: dict[str, dict[str, Any]], flop: int, gemm: float | None
+) -> None:
+    own = row["time_ms"]["p50"]
+    speedups = {}
+    for baseline, names in BASELINES.items():
+        times = [rows[name]["time_ms"]["p50"] for name in names if "time_ms" in rows.get(name, {})]
+        speedups[baseline] = min(times) / own if times else None
+    row["speedup_over"] = speedups
+    row["nominal_tflops"] = flop / own / 1e9
+    # Reassociated dot_product does fewer operations than the nominal count: a share would mislead.
+    comparable = gemm is not None and row["kind"] != "dot_product"
+    row["share_of_gemm"] = row["nominal_tflops"] / gemm if comparable else None
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line of `python -m benchmarks.bench_ops`."""
+
+    def words(text: str) -> list[str]:
+        return [word for word in text.split(",") if word]
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_ops", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--cases",
+        type=words,
+        default=["quick"],
+        help=f"groups ({', '.join(GROUPS)}), names or patterns",
+    )
+    parser.add_argument("--kinds", type=words, default=list(KINDS))
+    parser.add_argument("--providers", type=words, default=list(PROVIDERS))
+    parser.add_argument("--dtype", type=words, default=["float32", "bfloat16"])
+    parser.add_argument("--pass", dest="passes", type=words, default=list(PASSES))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=None, help="replaces the batch of every case")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--threads", type=int, default=None, help="CPU threads; torch's default if absent"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, help="default: results/<device>/<date>.json"
+    )
+    parser.add_argument("--commit", default=None, help="commit to record where git cannot tell")
+    parser.add_argument(
+        "--tests", type=words, default=[], help="test paths that must pass first, e.g. tests/ops"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns 0, or 1 if a provider was refused or failed, or 2 if nothing could be run."""
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parse_arguments(given)
+    try:
+        cases = select_cases(options.cases, options.kinds, options.batch)
+        providers = select_providers(options.providers)
+        _check_choice("dtype", options.dtype, DTYPES)
+        _check_choice("pass", options.passes, PASSES)
+        device = _device(options.device, options.dtype)
+    except ValueError as error:
+        print(f"bench_ops: {error}", file=sys.stderr)
+        return 2
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    tests = results.run_tests(options.tests)
+    if tests["outcome"] == "failed":
+        print(
+            f"bench_ops: the tests fail, nothing is measured: {tests['summary']}", file=sys.stderr
+        )
+        return 2
+
+    gemm = {name: gemm_tflops(device, getattr(torch, name)) for name in options.dtype}
+    environment = results.environment(device, options.commit)
+    out = results.default_path(environment["slug"]) if options.out is None else options.out
+    header = {
+        "command": shlex.join(["python", "-m", "benchmarks.bench_ops", *given]),
+        "environment": environment,
+        "tests": tests,
+        "settings": {"rounds": options.rounds, "seed": options.seed, "gemm_tflops": gemm},
+    }
+    file = results.ResultFile(out, header)
+    for case in cases:
+        for dtype_name in options.dtype:
+            for passes in options.passes:
+                rows = measure(
+                    case,
+                    providers,
+                    dtype_name,
+                    passes,
+                    device,
+                    rounds=options.rounds,
+                    seed=options.seed,
+                    gemm=gemm[dtype_name],
+                )
+                file.add(rows)
+                _print(rows)
+    file.close()
+    print(f"written: {out}")
+    busy = max((row.get("foreign_cores") or 0.0 for row in file.report["rows"]), default=0.0)
+    if busy > BUSY_CORES:
+        print(f"bench_ops: other processes took {busy:.2f} cores; repeat this", file=sys.stderr)
+    bad = [row for row in file.report["rows"] if row["status"] in ("refused", "failed")]
+    for row in bad:
+        print(f"{row['status']}: {row['reason']}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _check_choice(what: str, given: list[str], allowed: tuple[str, ...]) -> None:
+    unknown = sorted(set(given) - set(allowed))
+    if unknown or not given:
+        raise ValueError(f"{what}: expected some of {', '.join(allowed)}, got {', '.join(unknown)}")
+
+
+def _device(name: str, dtypes: list[str]) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {name}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected one that exists, got cuda, but torch sees no GPU")
+    if name == "cpu" and "float16" in dtypes:
+        raise ValueError(
+            "dtype: expected float32 or bfloat16 on a CPU, got float16; PyTorch's own float16 "
+            "products there are too slow to compare with"
+        )
+    return torch.device(name)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    first = rows[0]
+    shape = " ".join(f"{letter}={size}" for letter, size in first["shape"].items())
+    print(f"\n{first['case']}  {first['kind']}  {first['dtype']}  {first['pass']}  {shape}")
+    for row in rows:
+        label = row["provider"] + (f" ({row['backend']})" if row["backend"] else "")
+        if row["status"] != "ok":
+            print(f"  {label:20} {row['status']}: {row['reason'][:90]}", flush=True)
+            continue
+        times = row["time_ms"]
+        over = "  ".join(
+            f"{ratio:.2f}x {name}"
+            for name, ratio in row["speedup_over"].items()
+            if ratio is not None
+        )
+        print(
+            f"  {label:20} {times['p50']:9.2f} ms ({times['p20']:.2f} .. {times['p80']:.2f})"
+            f"  {row['peak_mib']:8.1f} MiB  {over}",
+            flush=True,
+        )
+
+
+def _served() -> list[Any]:
+    cpu = torch.device("cpu")
+    return [
+        pytest.param(case, provider, passes, id=f"{case.kind}-{passes}-{provider.name}")
+        for case in select_cases(["quick"], batch=2)
+        for provider in PROVIDERS.values()
+        for passes in PASSES
+        if not provider.reason(case, torch.float32, cpu)
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrises when the tests are collected, not when this module is imported."""
+    metafunc.parametrize(("case", "provider", "passes"), _served())
+
+
+@pytest.mark.benchmark(timer=synchronised_clock, min_rounds=5, max_time=0.3, warmup=True)
+def test_op(benchmark: Any, case: Case, provider: Provider, passes: str) -> None:
+    """One provider on a small shape; the result of the timed call is judged."""
+    operands = make_operands(case, torch.float32, torch.device("cpu"), seed=0)
+    benchmark.group = f"{case.name} {case.kind} {passes}"
+    outputs = benchmark(step(provider.function(case.kind), case, operands, passes))
+    Judge(case, operands, passes).check(provider.name, outputs)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,179 @@
+"""The implementations that are compared. Each is a function of (query, key, value, scale) per kind,
+and says what it serves.
+
+`naive` is the materialising definition, plain autograd (backend `reference`); `two_bmm` is
+dot_product by two matrix products in the cheaper order; `sdpa_*` are PyTorch's
+`scaled_dot_product_attention` with one backend forced; `chunked` and `auto` are ours.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import nlkernels
+from benchmarks.registry import Case
+
+Function = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+_TRIGGERED = re.compile(r"\(Triggered internally at [^)]*\)")
+
+SERVED = ""
+"""The reason returned for a case that a provider serves."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An implementation under measurement.
+
+    Attributes:
+        name: How it is called on the command line and in results.
+        function: kind -> function of (query (B, N, D), key (B, M, D), value (B, M, V), scale),
+            returning (B, N, V).
+        reason: (case, dtype, device) -> "" if it serves the case, else why not.
+    """
+
+    name: str
+    function: Callable[[str], Function]
+    reason: Callable[[Case, torch.dtype, torch.device], str]
+
+
+def _two_bmm(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    state = torch.bmm(key.transpose(1, 2), value) * (scale / key.shape[1])
+    return torch.bmm(query, state)
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, backend: SDPBackend
+) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(
+            query[:, None], key[:, None], value[:, None], scale=scale
+        )[:, 0]
+
+
+def _nonlocal(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, kind: str, backend: str
+) -> Tensor:
+    return nlkernels.nonlocal_attention(query, key, value, kind=kind, scale=scale, backend=backend)
+
+
+def _available_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2**20
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) / 2**10
+    raise RuntimeError("/proc/meminfo has no MemAvailable line")
+
+
+def _materialised_reason(case: Case, dtype: torch.dtype, device: torch.device) -> str:
+    # Scores, weights and the gradients of both live together in the backward; the fifth is slack.
+    needed = 5 * case.batch * case.n * case.m * dtype.itemsize / 2**20
+    free = _available_mib(device)
+    if needed <= free:
+        return SERVED
+    return f"materialises B*N*M: needs about {needed:.0f} MiB, {free:.0f} MiB are free"
+
+
+@cache
+def _sdpa_reason(
+    backend: SDPBackend, d: int, v: int, dtype: torch.dtype, device: torch.device
+) -> str:
+    query, key, value = (
+        torch.randn(1, rows, width, dtype=dtype, device=device, requires_grad=True)
+        for rows, width in ((64, d), (32, d), (32, v))
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            _sdpa(query, key, value, d**-0.5, backend=backend).sum().backward()
+        except RuntimeError as error:
+            said = " ".join([*(str(warning.message) for warning in caught), str(error)])
+            reason = " ".join(_TRIGGERED.sub("", said).split())
+            return f"torch refuses {backend.name} here: {reason}"[:400]
+    return SERVED
+
+
+def _sdpa_provider(name: str, backend: SDPBackend) -> Provider:
+    def reason(case: Case, dtype: torch.dtype, device: torch.device) -> str:
+        if case.kind == "dot_product":
+            return "scaled_dot_product_attention has no form without softmax"
+        refusal = _sdpa_reason(backend, case.d, case.v, dtype, device)
+        if refusal or backend is not SDPBackend.MATH:
+            return refusal
+        return _materialised_reason(case, torch.float32, device)
+
+    return Provider(name, lambda kind: partial(_sdpa, backend=backend), reason)
+
+
+def _own_provider(name: str, backend: str) -> Provider:
+    def reason(case: Case, dtype: torch.dtype, device: torch.device) -> str:
+        if backend == "reference":
+            return _materialised_reason(case, dtype, device)
+        try:
+            _explain(case, dtype, device, backend)
+        except NotImplementedError as error:
+            return str(error)
+        return SERVED
+
+    def function(kind: str) -> Function:
+        return partial(_nonlocal, kind=kind, backend=backend)
+
+    return Provider(name, function, reason)
+
+
+def _explain(case: Case, dtype: torch.dtype, device: torch.device, backend: str):
+    query, key, value = (
+        torch.empty(case.batch, rows, width, dtype=dtype, device=device)
+        for rows, width in ((case.n, case.d), (case.m, case.d), (case.m, case.v))
+    )
+    options = {"kind": case.kind, "scale": case.scale, "backend": backend}
+    return nlkernels.explain("nonlocal_attention", query, key, value, **options)
+
+
+def chosen_backend(case: Case, dtype: torch.dtype, device: torch.device) -> str:
+    """The backend that `auto` takes for a case."""
+    return _explain(case, dtype, device, "auto").backend
+
+
+def _two_bmm_reason(case: Case, dtype: torch.dtype, device: torch.device) -> str:
+    return SERVED if case.kind == "dot_product" else "only dot_product can be reassociated"
+
+
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        _own_provider("naive", "reference"),
+        Provider("two_bmm", lambda kind: _two_bmm, _two_bmm_reason),
+        _sdpa_provider("sdpa_flash", SDPBackend.FLASH_ATTENTION),
+        _sdpa_provider("sdpa_efficient", SDPBackend.EFFICIENT_ATTENTION),
+        _sdpa_provider("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION),
+        _sdpa_provider("sdpa_math", SDPBackend.MATH),
+        _own_provider("chunked", "chunked"),
+        _own_provider("auto", "auto"),
+    )
+}
+
+
+def select_providers(names: Sequence[str]) -> list[Provider]:
+    """Providers by name, in the order given.
+
+    Raises:
+        ValueError: An unknown name.
+    """
+    unknown = [name for name in names if name not in PROVIDERS]
+    if unknown:
+        raise ValueError(
+            f"providers: expected some of {', '.join(PROVIDERS)}, got {', '.join(unknown)}"
+        )
+    return [PROVIDERS[name] for name in names]

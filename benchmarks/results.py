@@ -1,0 +1,289 @@
+"""Result files: what the machine was, what was run, and one row per measurement.
+
+A file is rewritten atomically after every row, so an interrupted run leaves a valid file with
+`"complete": false`. `benchmarks/README.md` explains each field.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import nlkernels
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SCHEMA = "nlkernels.bench_ops/1"
+
+STATUSES = ("ok", "unserved", "refused", "failed")
+"""ok: judged right and timed. unserved: not offered. refused: result is wrong. failed: raised."""
+
+_INSTRUCTION_SETS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd")
+
+_TOP = {
+    "schema": str,
+    "complete": bool,
+    "date": str,
+    "command": str,
+    "environment": dict,
+    "tests": dict,
+    "settings": dict,
+    "rows": list,
+}
+_ENVIRONMENT = (
+    "device",
+    "slug",
+    "cpu_model",
+    "cores",
+    "threads",
+    "instruction_set",
+    "gpu",
+    "versions",
+    "git_hash",
+    "git_dirty",
+)
+_ROW = (
+    "case",
+    "kind",
+    "dtype",
+    "pass",
+    "shape",
+    "provider",
+    "backend",
+    "status",
+    "reason",
+)
+_MEASURED = (
+    "time_ms",
+    "samples_ms",
+    "foreign_cores",
+    "speedup_over",
+    "nominal_tflops",
+    "share_of_gemm",
+    "peak_mib",
+    "output_mib",
+    "device_peak_mib",
+    "error",
+)
+
+
+def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """Describes this machine and software.
+
+    Args:
+        device: Where the measurements run.
+        commit: Commit to record where there is no git repository to ask.
+    """
+    cpu = _cpu_info()
+    flags = cpu.get("flags", cpu.get("Features", "")).split()
+    instruction_set = next((name for name in _INSTRUCTION_SETS if name in flags), "generic")
+    cores = len(os.sched_getaffinity(0))
+    gpu = _gpu_info(device)
+    name = gpu["name"] if gpu else f"cpu {instruction_set} {cores}c"
+    return {
+        "device": device.type,
+        "slug": re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-"),
+        "cpu_model": cpu.get("model name", platform.processor()),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "instruction_set": instruction_set,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": gpu,
+        "versions": versions(),
+        "git_hash": commit if commit is not None else _git("rev-parse", "HEAD"),
+        "git_dirty": bool(
+            _git("status", "--porcelain", "--", "nlkernels", "csrc", "benchmarks/*.py")
+        ),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of everything that can change a number; None where it is absent."""
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": None,
+        "numpy": np.__version__,
+        "nlkernels": nlkernels.__version__,
+    }
+    if importlib.util.find_spec("triton") is not None:
+        import triton
+
+        found["triton"] = triton.__version__
+    return found
+
+
+def _cpu_info() -> dict[str, str]:
+    info: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        info.setdefault(key.strip(), value.strip())
+    return info
+
+
+def _gpu_info(device: torch.device) -> dict[str, Any] | None:
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+    command = [
+        "nvidia-smi",
+        f"--id={device.index or 0}",
+        f"--query-gpu={query}",
+        "--format=csv,noheader",
+    ]
+    said = _output(command)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_mib": properties.total_memory >> 20,
+        "multiprocessors": properties.multi_processor_count,
+        "nvidia_smi": dict(zip(query.split(","), said.split(", "), strict=False)) if said else None,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    return _output(["git", "-C", str(ROOT), *arguments])
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def run_tests(paths: list[str]) -> dict[str, Any]:
+    """Runs the tests of the measured code; a speed of wrong code is worth nothing.
+
+    Returns:
+        {"command", "outcome": "passed" | "failed" | "not run", "summary": pytest's closing line}.
+    """
+    if not paths:
+        return {"command": None, "outcome": "not run", "summary": ""}
+    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *paths]
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    return {
+        "command": " ".join(["python", *arguments]),
+        "outcome": "passed" if done.returncode == 0 else "failed",
+        "summary": lines[-1].strip("= ") if lines else done.stderr.strip()[-400:],
+    }
+
+
+class ResultFile:
+    """A result file under construction; every `add` leaves it complete and readable on disk.
+
+    Args:
+        path: File to write; its folder is created.
+        header: Top-level fields other than schema, complete, date and rows.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        self.path = path
+        self.report: dict[str, Any] = {
+            "schema": SCHEMA,
+            "complete": False,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **header,
+            "rows": [],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._write()
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Appends rows and flushes."""
+        self.report["rows"] += rows
+        self._write()
+
+    def close(self) -> None:
+        """Marks the run as complete."""
+        self.report["complete"] = True
+        validate(self.report)
+        self._write()
+
+    def _write(self) -> None:
+        text = json.dumps(_rounded(self.report), indent=1, allow_nan=False)
+        # One line per row: diffs of committed results stay readable.
+        text = re.sub(r"\n {3,}", " ", text)
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text(text + "\n")
+        os.replace(partial, self.path)
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to 6 significant digits: more would be noise in the file."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def validate(report: Mapping[str, Any]) -> None:
+    """Checks a report against the schema.
+
+    Raises:
+        ValueError: The first field that is missing, of the wrong type or inconsistent.
+    """
+    for key, kind in _TOP.items():
+        if not isinstance(report.get(key), kind):
+            raise ValueError(
+                f"report: expected {key} of type {kind.__name__}, got {report.get(key)!r}"
+            )
+    if report["schema"] != SCHEMA:
+        raise ValueError(f"report: expected schema {SCHEMA}, got {report['schema']}")
+    _require("environment", report["environment"], _ENVIRONMENT)
+    _require("tests", report["tests"], ("command", "outcome", "summary"))
+    for index, row in enumerate(report["rows"]):
+        where = f"row {index} ({row.get('case')}, {row.get('provider')})"
+        _require(where, row, _ROW)
+        if row["status"] not in STATUSES:
+            raise ValueError(f"{where}: expected status in {STATUSES}, got {row['status']!r}")
+        if row["status"] != "ok":
+            if not row["reason"]:
+                raise ValueError(f"{where}: a row that is {row['status']} needs a reason")
+            continue
+        _require(where, row, _MEASURED)
+        times = row["time_ms"]
+        if not 0 < times["p20"] <= times["p50"] <= times["p80"]:
+            raise ValueError(f"{where}: expected 0 < p20 <= p50 <= p80, got {times}")
+
+
+def _require(where: str, fields: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    missing = [name for name in names if name not in fields]
+    if missing:
+        raise ValueError(f"{where}: missing {', '.join(missing)}")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads and validates a result file.
+
+    Raises:
+        ValueError: Not JSON, or not of this schema.
+    """
+    try:
+        report = json.loads(path.read_text())
+        validate(report)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return report
+
+
+def default_path(slug: str) -> Path:
+    """`benchmarks/results/<device>/<date>.json`, today."""
+    return RESULTS / slug / f"{datetime.now(UTC).date().isoformat()}.json"

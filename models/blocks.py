@@ -1,0 +1,248 @@
+"""Layers that the models share: bottleneck, local control block, and how blocks are inserted.
+
+A model keeps an inserted block in the attribute `nl` of the layer that the block follows, so that
+checkpoint keys read `<layer>.nl.<parameter>` in every model.
+"""
+
+import inspect
+import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from nlkernels.models.registry import nearest
+from nlkernels.modules import NonLocalBlock3d
+
+VARIANTS = ("nonlocal", "local")
+
+
+def scaled(channels: int, width: float) -> int:
+    """`channels * width`, rounded to the nearest multiple of 8 (at least 8).
+
+    Raises:
+        TypeError: width is not a number.
+        ValueError: width is not positive and finite.
+    """
+    if isinstance(width, bool) or not isinstance(width, int | float):
+        raise TypeError(f"model: expected width to be a number, got {width!r}; pass 1.0 for full")
+    if not (math.isfinite(width) and width > 0):
+        raise ValueError(f"model: expected width > 0, got {width}; pass 1.0 for the full width")
+    return max(8, 8 * math.floor(channels * width / 8 + 0.5))
+
+
+def check_clip(where: str, clip: torch.Tensor, *, min_frames: int, min_size: int) -> None:
+    """Raise before any work if the clip is not a float (B, 3, T, H, W) that is large enough.
+
+    Raises:
+        TypeError: not a tensor, or not of a floating-point dtype.
+        ValueError: wrong rank or channel count, too few frames or pixels.
+    """
+    if not isinstance(clip, torch.Tensor) or not clip.is_floating_point():
+        got = clip.dtype if isinstance(clip, torch.Tensor) else type(clip).__name__
+        raise TypeError(
+            f"{where}: expected a floating-point clip, got {got}; normalise the frames first"
+        )
+    if clip.dim() != 5 or clip.shape[1] != 3:
+        raise ValueError(
+            f"{where}: expected a clip of shape (B, 3, T, H, W), got {tuple(clip.shape)}; "
+            "put the colour channels second and the frames third"
+        )
+    if clip.shape[2] < min_frames or min(clip.shape[3:]) < min_size:
+        raise ValueError(
+            f"{where}: expected at least {min_frames} frames of {min_size} x {min_size} pixels, "
+            f"got {tuple(clip.shape)}; sample more frames or resize them"
+        )
+
+
+class Bottleneck(nn.Module):
+    """Residual bottleneck of a video ResNet, with room for a block behind it.
+
+    `conv1` (kt x 1 x 1), `conv2` (1 x 3 x 3, which has the spatial stride) and `conv3` (1 x 1 x 1),
+    each with a batch norm; ReLU after the sum with the shortcut; then `nl` where present.
+
+    Args:
+        in_channels: channels of the input.
+        inner: channels between the 1 x 1 x 1 convolutions.
+        out_channels: channels of the output.
+        kernel_t: temporal kernel of `conv1`, odd; 1 looks at single frames.
+        stride: spatial stride.
+        norm_eps: epsilon of the batch norms.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        inner: int,
+        out_channels: int,
+        *,
+        kernel_t: int,
+        stride: int,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv3d(
+            in_channels, inner, (kernel_t, 1, 1), padding=(kernel_t // 2, 0, 0), bias=False
+        )
+        self.bn1 = nn.BatchNorm3d(inner, eps=norm_eps)
+        self.conv2 = nn.Conv3d(
+            inner, inner, (1, 3, 3), stride=(1, stride, stride), padding=(0, 1, 1), bias=False
+        )
+        self.bn2 = nn.BatchNorm3d(inner, eps=norm_eps)
+        self.conv3 = nn.Conv3d(inner, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm3d(out_channels, eps=norm_eps)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv3d(in_channels, out_channels, 1, stride=(1, stride, stride), bias=False),
+                nn.BatchNorm3d(out_channels, eps=norm_eps),
+            )
+        self.nl: nn.Module | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        y = self.relu(self.bn3(self.conv3(y)) + shortcut)
+        return y if self.nl is None else self.nl(y)
+
+
+class LocalBlock3d(nn.Module):
+    """Local control for a non-local block: as many parameters, but a 3 x 3 x 3 neighbourhood.
+
+    x + BN(expand(ReLU(BN(conv(ReLU(BN(reduce(x)))))))) with 1 x 1 x 1 `reduce` and `expand` and a
+    3 x 3 x 3 `conv`, all without bias. The last batch norm starts at zero, so the block starts as
+    the identity, as a non-local block does. A model in which it replaces `NonLocalBlock3d` shows
+    what the extra parameters alone are worth.
+
+    Args:
+        dim: channels C of input and output.
+        parameters: number of parameters to come close to. The widths behind `reduce` and `conv`
+            may differ by a factor of up to 2: one common width would miss small counts by 7 %.
+
+    Shapes:
+        (B, C, T, H, W) -> (B, C, T, H, W), any floating-point dtype.
+
+    Raises:
+        ValueError: dim or parameters below 1.
+
+    Example:
+        >>> import torch
+        >>> from nlkernels.models import LocalBlock3d
+        >>> block = LocalBlock3d(64, parameters=8480)
+        >>> sum(p.numel() for p in block.parameters())
+        8492
+        >>> x = torch.ones(1, 64, 2, 4, 4)
+        >>> torch.equal(block(x), x)
+        True
+    """
+
+    def __init__(self, dim: int, *, parameters: int) -> None:
+        super().__init__()
+        if dim < 1 or parameters < 1:
+            raise ValueError(
+                f"LocalBlock3d: expected dim and parameters >= 1, got {dim} and {parameters}; "
+                "pass the channels and the parameter count of the block to match"
+            )
+        reduced, width = _local_widths(dim, parameters)
+        self.reduce = nn.Conv3d(dim, reduced, 1, bias=False)
+        self.reduce_norm = nn.BatchNorm3d(reduced)
+        self.conv = nn.Conv3d(reduced, width, 3, padding=1, bias=False)
+        self.conv_norm = nn.BatchNorm3d(width)
+        self.expand = nn.Conv3d(width, dim, 1, bias=False)
+        self.norm = nn.BatchNorm3d(dim)
+        self.relu = nn.ReLU(inplace=True)
+        for conv in (self.reduce, self.conv, self.expand):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.relu(self.reduce_norm(self.reduce(x)))
+        y = self.relu(self.conv_norm(self.conv(y)))
+        return x + self.norm(self.expand(y))
+
+
+def _local_widths(dim: int, parameters: int) -> tuple[int, int]:
+    """Widths of a local block: the most equal pair within 1 % of the count, else the nearest."""
+
+    def count(reduced: int, width: int) -> int:
+        norms = 2 * (reduced + width + dim)
+        return dim * (reduced + width) + 27 * reduced * width + norms
+
+    def preference(pair: tuple[int, int]) -> tuple[int, int, int]:
+        miss = abs(count(*pair) - parameters)
+        return (0 if miss <= 0.01 * parameters else miss, abs(pair[0] - pair[1]), miss)
+
+    pairs = []
+    # With width >= reduced / 2, the 3x3x3 weights alone exceed the count beyond this bound.
+    for reduced in range(1, math.isqrt(parameters // 13) + 2):
+        left = parameters - 2 * dim - reduced * (dim + 2)
+        width = max(1, round(left / (27 * reduced + dim + 2)))
+        if max(reduced, width) <= 2 * min(reduced, width):
+            pairs.append((reduced, width))
+    return min(pairs, key=preference)
+
+
+def check_block_options(where: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Options of an inserted block as a new dictionary that includes "variant".
+
+    Args:
+        where: name for the error messages.
+        options: keyword arguments of `NonLocalBlock3d` (without `dim`) and "variant", or None.
+
+    Raises:
+        TypeError: not a mapping, or an unknown option.
+        ValueError: unknown variant.
+    """
+    if options is None:
+        return {"variant": "nonlocal"}
+    if not isinstance(options, Mapping):
+        raise TypeError(
+            f"{where}: expected block to be a dictionary of options, got {options!r}; "
+            "pass for example {'kind': 'softmax'}"
+        )
+    known = ["variant", *(key for key in inspect.signature(NonLocalBlock3d).parameters)]
+    known.remove("dim")
+    for option in options:
+        if option not in known:
+            raise TypeError(
+                f"{where}: expected block options among {', '.join(known)}, "
+                f"got {option!r}{nearest(option, known)}"
+            )
+    variant = options.get("variant", "nonlocal")
+    if variant not in VARIANTS:
+        raise ValueError(
+            f"{where}: expected block variant to be one of {', '.join(VARIANTS)}, "
+            f"got {variant!r}{nearest(variant, VARIANTS)}"
+        )
+    return {**options, "variant": variant}
+
+
+def check_block_count(where: str, blocks: int, counts: Collection[int]) -> None:
+    """Raise a ValueError if the model has no placement for this number of blocks."""
+    if isinstance(blocks, bool) or blocks not in counts:
+        raise ValueError(
+            f"{where}: expected blocks to be one of {', '.join(map(str, counts))}, "
+            f"got {blocks!r}; pass one of these"
+        )
+
+
+def insert_blocks(layers: Iterable[tuple[nn.Module, int]], options: Mapping[str, Any]) -> None:
+    """Put a new block into the attribute `nl` of each layer.
+
+    Args:
+        layers: pairs of a layer and its number of output channels.
+        options: what `check_block_options` returned. With variant "local", the other options
+            describe the non-local block whose parameter count is matched.
+    """
+    arguments = {key: value for key, value in options.items() if key != "variant"}
+    for layer, dim in layers:
+        if options["variant"] == "nonlocal":
+            layer.nl = NonLocalBlock3d(dim, **arguments)
+            continue
+        with torch.device("meta"):
+            matched = NonLocalBlock3d(dim, **arguments)
+        count = sum(parameter.numel() for parameter in matched.parameters())
+        layer.nl = LocalBlock3d(dim, parameters=count)

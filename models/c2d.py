@@ -1,0 +1,153 @@
+"""C2D: networks that convolve each frame alone, so that only pooling and blocks relate frames."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from nlkernels.models.blocks import (
+    check_block_count,
+    check_block_options,
+    check_clip,
+    insert_blocks,
+    scaled,
+)
+from nlkernels.models.registry import register_model
+from nlkernels.models.resnet import VideoResNet
+
+R50_KERNELS_T = ((1,) * 3, (1,) * 4, (1,) * 6, (1,) * 3)
+
+# Channels and spatial stride of the layers of C2DTiny.
+TINY_LAYERS = ((16, 2), (32, 2), (32, 1), (64, 2), (64, 1), (128, 1))
+
+# Layers of C2DTiny that a block follows, by the number of blocks: maps of an eighth of the clip's
+# size. On maps of a quarter the blocks learn as well, in steps that take several times as long.
+TINY_BLOCK_PLACES: dict[int, tuple[int, ...]] = {0: (), 1: (4,), 2: (3, 4)}
+
+
+@register_model
+def c2d_r50_8x8(
+    *,
+    num_classes: int,
+    width: float = 1.0,
+    blocks: int = 0,
+    block: Mapping[str, Any] | None = None,
+    dropout: float = 0.5,
+) -> VideoResNet:
+    """C2D ResNet-50, 8 frames with a stride of 8: 24.3 M parameters, 31.7 M with 5 blocks.
+
+    Frames meet in the 2 x 1 x 1 max pool behind the first stage, in the blocks and in the head.
+    Arguments as in `VideoResNet`; the dropout is that of the published recipe.
+    """
+    return VideoResNet(
+        "c2d_r50_8x8",
+        stem_kernel_t=1,
+        kernels_t=R50_KERNELS_T,
+        num_classes=num_classes,
+        width=width,
+        blocks=blocks,
+        block=block,
+        dropout=dropout,
+    )
+
+
+@register_model
+def c2d_tiny(
+    *,
+    num_classes: int,
+    width: float = 1.0,
+    blocks: int = 0,
+    block: Mapping[str, Any] | None = None,
+    dropout: float = 0.0,
+) -> "C2DTiny":
+    """Six-layer C2D for clips of about 8 x 48 x 48. Arguments as in `C2DTiny`."""
+    return C2DTiny(
+        num_classes=num_classes, width=width, blocks=blocks, block=block, dropout=dropout
+    )
+
+
+class C2DTiny(nn.Module):
+    """Six layers of 1 x 3 x 3 convolution, batch norm and ReLU, small enough to train on a CPU.
+
+    For clips of 8 x 48 x 48, blocks see 8 x 6 x 6 positions of 64 channels. Without blocks no
+    layer relates one frame to another: the head averages over all positions.
+
+    Names of modules: `layers.{0..5}.conv`, `.bn`, `.nl` (the block behind the layer) and `fc`.
+    Blocks are created last, so equal seeds give equal backbones with and without them.
+
+    Args:
+        num_classes: number of classes.
+        width: multiplier of the channel counts 16, 32, 32, 64, 64, 128.
+        blocks: 0, 1 (behind the fifth layer) or 2 (behind the fourth and the fifth).
+        block: options of `NonLocalBlock3d`, and "variant": "nonlocal" or "local".
+        dropout: probability in front of the classifier, in training mode.
+
+    Raises:
+        TypeError: width or block of the wrong type, unknown block option.
+        ValueError: width, blocks, variant or dropout out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        width: float,
+        blocks: int,
+        block: Mapping[str, Any] | None,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        check_block_count("c2d_tiny", blocks, TINY_BLOCK_PLACES)
+        options = check_block_options("c2d_tiny", block)
+        outputs = [scaled(channels, width) for channels, _ in TINY_LAYERS]
+        inputs = [3, *outputs[:-1]]
+        strides = [stride for _, stride in TINY_LAYERS]
+        self.layers = nn.Sequential(
+            *(_Layer(*sizes) for sizes in zip(inputs, outputs, strides, strict=True))
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(outputs[-1], num_classes)
+        insert_blocks(
+            ((self.layers[index], outputs[index]) for index in TINY_BLOCK_PLACES[blocks]), options
+        )
+
+    def forward(self, clip: torch.Tensor) -> torch.Tensor:
+        """Logits of the globally averaged features.
+
+        Args:
+            clip: (B, 3, T, H, W), floating point, H and W >= 16.
+
+        Returns:
+            (B, num_classes) logits.
+
+        Raises:
+            TypeError: clip is not a floating-point tensor.
+            ValueError: clip has a wrong shape or is too small.
+        """
+        check_clip("c2d_tiny", clip, min_frames=1, min_size=16)
+        pooled = self.layers(clip).mean(dim=(2, 3, 4))
+        return self.fc(self.dropout(pooled))
+
+
+class _Layer(nn.Module):
+    """Convolution of single frames, batch norm, ReLU, and the block behind them where present."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(
+            in_channels,
+            out_channels,
+            (1, 3, 3),
+            stride=(1, stride, stride),
+            padding=(0, 1, 1),
+            bias=False,
+        )
+        self.bn = nn.BatchNorm3d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.nl: nn.Module | None = None
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.bn(self.conv(x)))
+        return x if self.nl is None else self.nl(x)

@@ -1,0 +1,57 @@
+"""Exact, memory-efficient non-local operations for video networks.
+
+Importing this package is cheap and has no side effects: it loads nothing else (not even torch),
+touches no device and reads no environment variable. Public names are loaded on first use; the
+first use also registers the operators of `torch.ops.nlkernels`.
+
+Example:
+    >>> import nlkernels
+    >>> nlkernels.__version__
+    '0.1.0'
+"""
+
+import importlib
+import os.path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .functional import explain, nonlocal_attention
+    from .modules import NonLocalBlock3d, set_nonlocal_backend
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NonLocalBlock3d",
+    "explain",
+    "nonlocal_attention",
+    "set_nonlocal_backend",
+]
+
+_HOME = {
+    "NonLocalBlock3d": ".modules",
+    "explain": ".functional",
+    "nonlocal_attention": ".functional",
+    "set_nonlocal_backend": ".modules",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# In a source checkout models/ and training/ are siblings of this folder; a wheel has them inside.
+# Both files are asked for so that no folder of site-packages can look like a checkout.
+_root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if all(
+    os.path.isfile(os.path.join(_root, *parts))
+    for parts in (("csrc", "sources.json"), ("models", "__init__.py"))
+):
+    __path__.append(_root)

@@ -1,0 +1,34 @@
+"""Every environment variable of the project: name, default, meaning. No other file reads one.
+
+Values are read when they are needed, never at import, so a running program may change them.
+"""
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An environment variable: its value when unset or empty, and one sentence about it."""
+
+    default: str
+    doc: str
+
+
+VARIABLES: dict[str, Variable] = {
+    "NLKERNELS_BACKEND": Variable(
+        default="auto",
+        doc="backend of every operation whose call or block names none itself",
+    ),
+}
+
+
+def read(name: str) -> str:
+    """Returns the value of a declared variable, or its default when it is unset or empty.
+
+    Raises:
+        KeyError: `name` is not declared in `VARIABLES`.
+    """
+    default = VARIABLES[name].default
+    value = os.environ.get(name, "")
+    return value if value else default

@@ -1,0 +1,119 @@
+"""Which backend runs a problem, and why the others do not."""
+
+import functools
+import importlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from nlkernels._spec import Problem
+
+OPS = ("softmax", "dot_product")
+
+
+class Explanation(NamedTuple):
+    """Backend that runs a problem, with the reason for it and against each other one.
+
+    Attributes:
+        problem: sizes, dtype and device, as text.
+        backend: the one that runs.
+        reasons: backend name -> why it runs, or why it does not.
+    """
+
+    problem: str
+    backend: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.reasons))
+        lines = [
+            f"{'->' if name == self.backend else '  '} {name:<{width}}  {reason}"
+            for name, reason in self.reasons.items()
+        ]
+        return "\n".join([self.problem, *lines])
+
+
+@functools.cache
+def operation(name: str):
+    """The `op` module of an operation."""
+    return importlib.import_module(f"nlkernels.ops.{name}.op")
+
+
+def require(op: str, backend: str, problem: Problem) -> None:
+    """Raise NotImplementedError unless `backend` serves `problem`."""
+    reasons = operation(op).supports(backend, problem)
+    if reasons:
+        raise NotImplementedError(refusal(op, backend, problem, reasons))
+
+
+def refusal(op: str, backend: str, problem: Problem, reasons: list[str]) -> str:
+    """The message of a backend that was asked for and cannot run."""
+    return (
+        f"nonlocal_attention: expected a problem that backend {backend!r} of {op} serves, got "
+        f"{problem}: {'; '.join(reasons)}; use backend='auto'"
+    )
+
+
+def choose(
+    op: str,
+    problem: Problem,
+    inside: tuple[str, ...] | None = None,
+    direction: str = "forward",
+) -> str:
+    """The fastest backend for `problem` by the shipped measurements.
+
+    Args:
+        op: name of the operation.
+        problem: what is to be computed.
+        inside: only these backends, those that run inside the opaque operator.
+        direction: "forward" or "backward"; the two passes are chosen for separately.
+    """
+    supports = operation(op).supports
+    for backend, _ in preference(op, problem, direction):
+        if (inside is None or backend in inside) and not supports(backend, problem):
+            return backend
+    return "chunked"
+
+
+def preference(op: str, problem: Problem, direction: str = "forward") -> list[tuple[str, str]]:
+    """Backends from the fastest on, each with the measurement that says so."""
+    scores = problem.queries * problem.keys
+    for row in _table(op).get(problem.device, ()):
+        fits = scores <= row.get("scores_up_to", scores)
+        fits = fits and row.get("pass", direction) == direction
+        if fits and problem.dtype_name in row["dtypes"]:
+            return [(backend, row["because"]) for backend in row["order"]]
+    return [("chunked", "serves every device; nothing was measured on this one")]
+
+
+@functools.cache
+def _table(op: str) -> dict:
+    path = Path(operation(op).__file__).with_name("choice.json")
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def explain(op: str, problem: Problem, requested: str) -> Explanation:
+    """Say for every backend of `op` why it runs `problem` or why not."""
+    module = operation(op)
+    order = dict(preference(op, problem))
+    chosen = choose(op, problem) if requested == "auto" else requested
+    reasons = {}
+    for backend in module.BACKENDS:
+        against = module.supports(backend, problem)
+        if against:
+            reasons[backend] = "; ".join(against)
+        elif requested != "auto":
+            reasons[backend] = "asked for" if backend == chosen else "available, not asked for"
+        elif backend == chosen:
+            reasons[backend] = order.get(backend, "nothing faster serves this problem")
+        elif backend == "reference":
+            reasons[backend] = "materialises the B x N x M scores; runs only when asked for"
+        elif backend in order:
+            reasons[backend] = f"slower than {chosen}: {order[chosen]}"
+        else:
+            reasons[backend] = f"not measured to be faster than {chosen} here"
+    if requested != "auto" and module.supports(requested, problem):
+        raise NotImplementedError(
+            refusal(op, requested, problem, module.supports(requested, problem))
+        )
+    return Explanation(f"{op}: {problem}", chosen, reasons)

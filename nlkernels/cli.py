@@ -1,0 +1,141 @@
+"""Command line: ``nlk train | compare | info``.
+
+Mistakes of the user end in one line on standard error and exit code 2, everything else that breaks
+a run off in one line and exit code 1; ``--debug`` shows the traceback of either. Heavy packages are
+imported in the sub-command that needs them.
+"""
+
+import argparse
+import importlib.util
+import os
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+_NEEDED_BY_EXTRA = {"train": ("yaml", "matplotlib"), "video": ("decord", "av")}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments after the program's name; those of the process if None.
+
+    Returns:
+        Exit code: 0, 1 for a run that broke off, 2 for a mistake of the user.
+    """
+    # Torch's profiler, which counts live tensor bytes, prints to standard error otherwise.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _COMMANDS[arguments.command](arguments, shlex.join(["nlk", *argv]))
+    except KeyboardInterrupt:
+        print("nlk: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"nlk {arguments.command}: {_one_line(error)}", file=sys.stderr)
+        return 2 if _is_mistake_of_the_user(error) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nlk", description="Train and compare video networks with non-local blocks."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    names = ", ".join(sorted(path.stem for path in _config_folder().glob("*.yaml")))
+    for name, text in (
+        ("train", "train and test one network"),
+        ("compare", "train and measure the same network with and without blocks"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("config", help=f"YAML file, or one of: {names}")
+        command.add_argument(
+            "overrides", nargs="*", metavar="section.key=value", help="replaces the file's value"
+        )
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+    text = "show versions, devices, backends and settings"
+    info = commands.add_parser("info", help=text, description=text)
+    info.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _train(arguments: argparse.Namespace, command: str) -> int:
+    _require_extras()
+    from nlkernels.training.config_file import load_config
+    from nlkernels.training.train import train_from_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    print(f"report: {train_from_config(config, command=command)}")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace, command: str) -> int:
+    _require_extras()
+    from nlkernels.training.compare import compare_from_config
+    from nlkernels.training.config_file import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    print(f"report: {compare_from_config(config, command=command)}")
+    return 0
+
+
+def _info(arguments: argparse.Namespace, command: str) -> int:
+    from nlkernels import info
+
+    info.main()
+    return 0
+
+
+_COMMANDS = {"train": _train, "compare": _compare, "info": _info}
+
+
+def _config_folder() -> Path:
+    import nlkernels
+
+    # Found without importing nlkernels.training, whose dependencies may be missing.
+    folders = [Path(folder, "training", "configs") for folder in nlkernels.__path__]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
+def _require_extras() -> None:
+    """Missing packages are named before any work, not when they are first used."""
+    for extra, modules in _NEEDED_BY_EXTRA.items():
+        for module in modules:
+            if importlib.util.find_spec(module) is None:
+                raise ImportError(
+                    f"expected the packages of the {extra} extra, got no {module}; "
+                    f"pip install 'nlkernels[{extra}]'"
+                )
+
+
+def _is_mistake_of_the_user(error: Exception) -> bool:
+    if isinstance(error, TimeoutError):
+        return False
+    mistakes = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
+    # By name: importing its module would load the video packages.
+    return isinstance(error, mistakes) or type(error).__name__ == "VideoReadError"
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if _is_mistake_of_the_user(error) or type(error).__name__ in ("NonFiniteError", "TimeoutError"):
+        return text
+    # Nothing that we wrote a message for: say what it was and how to see more.
+    return f"{type(error).__name__}: {text}; run again with --debug for the traceback"
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """Warnings as one line without a source location, which tells a user nothing."""
+    print(f"nlk: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

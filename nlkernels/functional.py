@@ -1,0 +1,176 @@
+"""Non-local operations as functions, in the manner of torch.nn.functional."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from nlkernels import _env, _select
+from nlkernels._spec import (
+    BACKENDS,
+    DTYPES,
+    KINDS,
+    Problem,
+    check_choice,
+    check_operands,
+    default_scale,
+)
+from nlkernels.ops.dot_product import op as dot_product
+from nlkernels.ops.softmax import op as softmax
+
+_OP_OF_KIND = {"softmax": softmax, "gaussian": softmax, "dot_product": dot_product}
+
+
+def nonlocal_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    kind: str = "softmax",
+    scale: float | None = None,
+    backend: str = "auto",
+    workspace_mib: float | None = None,
+) -> torch.Tensor:
+    """Every query position's sum of all values, weighted by its affinity to their keys.
+
+    softmax, gaussian:  out[i] = sum_j softmax_j(scale * query[i].key[j]) * value[j]
+    dot_product:        out[i] = sum_j scale * query[i].key[j] / M * value[j]
+
+    Args:
+        query: (B, N, D), float16, bfloat16, float32 or float64, any strides.
+        key: (B, M, D), same dtype and device.
+        value: (B, M, V), same dtype and device; V may differ from D.
+        kind: "softmax" (embedded Gaussian), "gaussian" (the same function, unscaled by default) or
+            "dot_product".
+        scale: factor of every query.key; None means D**-0.5 for softmax and 1 otherwise.
+        backend: "auto" (the environment variable NLKERNELS_BACKEND when set, else the fastest
+            measured), "reference" (plain autograd, materialises the scores), "chunked" or "sdpa".
+        workspace_mib: MiB for the tiles of the backend chunked; None is 12 on CPUs and 40 on GPUs,
+            0 the least, 16 rows of scores.
+
+    Returns:
+        (B, N, V), dtype of the operands, contiguous. In an autocast region the operands are cast
+        to its dtype first, as torch.matmul does.
+
+    Raises:
+        TypeError: an operand is no tensor or has another dtype.
+        ValueError: sizes or devices do not fit; unknown kind or backend; no key for a softmax.
+        NotImplementedError: the named backend cannot serve this problem.
+
+    Memory:
+        The backend chunked, which "auto" runs on CPUs: at most `workspace_mib`, and what the docstring
+        of nlkernels/ops/<op>/chunked.py adds for 16-bit dtypes; kept for the backward: the operands,
+        the output and 4 bytes a query (8 in float64).
+
+    Determinism:
+        Bitwise repeatable, forward and backward, for a device and thread count: no atomics.
+
+    Differentiation:
+        Twice differentiable: gradients of gradients go through the definition, tile by tile.
+        vmap and forward mode raise RuntimeError.
+
+    Example:
+        >>> import torch, nlkernels
+        >>> query, key, value = (torch.randn(2, n, 64) for n in (3136, 784, 784))
+        >>> nlkernels.nonlocal_attention(query, key, value).shape
+        torch.Size([2, 3136, 64])
+
+    Source:
+        X. Wang, R. Girshick, A. Gupta, K. He, "Non-local Neural Networks", CVPR 2018;
+        facebookresearch/video-nonlocal-net.
+    """
+    query, key, value, scale = _prepare(query, key, value, kind, scale)
+    backend = _requested(backend, workspace_mib)
+    return _OP_OF_KIND[kind].attention(query, key, value, scale, backend, workspace_mib)
+
+
+def explain(op_name: str, *operands: torch.Tensor, **options) -> _select.Explanation:
+    """Say which backend a call would use, and why each other one would not run.
+
+    Args:
+        op_name: name of a public operation: "nonlocal_attention".
+        *operands: the tensors of that call.
+        **options: its keyword arguments.
+
+    Returns:
+        An `Explanation` with `backend` and `reasons`; `print` shows it as a table.
+
+    Raises:
+        What the operation itself raises for these operands and options; ValueError for an unknown
+        operation.
+
+    Example:
+        >>> import torch, nlkernels
+        >>> query, key, value = (torch.randn(2, n, 64) for n in (49, 12, 12))
+        >>> nlkernels.explain("nonlocal_attention", query, key, value, kind="dot_product").backend
+        'chunked'
+    """
+    check_choice("explain", "op_name", op_name, tuple(_EXPLAINERS))
+    return _EXPLAINERS[op_name](*operands, **options)
+
+
+def _explain_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    kind: str = "softmax",
+    scale: float | None = None,
+    backend: str = "auto",
+    workspace_mib: float | None = None,
+) -> _select.Explanation:
+    query, key, value, _ = _prepare(query, key, value, kind, scale)
+    backend = _requested(backend, workspace_mib)
+    return _select.explain(_OP_OF_KIND[kind].NAME, Problem.of(query, key, value), backend)
+
+
+_EXPLAINERS: dict[str, Callable[..., _select.Explanation]] = {
+    "nonlocal_attention": _explain_attention
+}
+
+
+def _prepare(query, key, value, kind: str, scale: float | None):
+    """Check a call's arguments; cast for autocast; resolve the scale."""
+    check_choice("nonlocal_attention", "kind", kind, KINDS)
+    query, key, value = _autocast(query, key, value)
+    check_operands(query, key, value)
+    if scale is None:
+        scale = default_scale(kind, query.shape[2])
+    elif not isinstance(scale, int | float):
+        raise TypeError(
+            f"nonlocal_attention: expected scale to be a number or None, got "
+            f"{type(scale).__name__}; pass float(scale)"
+        )
+    elif not math.isfinite(scale):
+        raise ValueError(
+            f"nonlocal_attention: expected a finite scale, got {scale}; "
+            "None gives the kind's default"
+        )
+    return query, key, value, float(scale)
+
+
+def _autocast(*operands):
+    """In an autocast region, cast floating operands except float64 to its dtype."""
+    device = operands[0].device.type if isinstance(operands[0], torch.Tensor) else "meta"
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return operands
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in DTYPES[:3] else t
+        for t in operands
+    )
+
+
+def _requested(backend: str, workspace_mib: float | None) -> str:
+    """The backend that a call asks for, by argument or environment."""
+    if backend == "auto":
+        backend = _env.read("NLKERNELS_BACKEND")
+        check_choice("NLKERNELS_BACKEND", "the value", backend, BACKENDS)
+    else:
+        check_choice("nonlocal_attention", "backend", backend, BACKENDS)
+    if workspace_mib is not None and not workspace_mib >= 0:
+        raise ValueError(
+            f"nonlocal_attention: expected workspace_mib of 0 or more, got {workspace_mib}; "
+            "None gives the device's default"
+        )
+    return backend

@@ -1,0 +1,172 @@
+"""`nlk info` or `python -m nlkernels.info`: everything a bug report needs, as plain text.
+
+Versions, devices, which backend serves a typical layer and why the others do not, environment
+variables and paths. A part that cannot be found out says so instead of raising.
+"""
+
+import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import nlkernels
+
+from . import _env, _paths
+
+Rows = list[tuple[str, str]]
+
+# Distribution, and the extra that installs it ("" where a plain installation does).
+_DISTRIBUTIONS = (
+    ("torch", ""),
+    ("triton", "comes with torch builds for GPUs"),
+    ("numpy", ""),
+    ("ninja", ""),
+    ("pybind11", ""),
+    ("decord", "pip install nlkernels[video]"),
+    ("av", "pip install nlkernels[video]"),
+    ("matplotlib", "pip install nlkernels[train]"),
+)
+
+# res3 of a ResNet-50 on 8 frames of 224 x 224 pixels: N = 8*28*28, keys pooled by 2 x 2.
+_TYPICAL_BATCH, _TYPICAL_N, _TYPICAL_M, _TYPICAL_D = 1, 6272, 1568, 256
+_KINDS = ("softmax", "gaussian", "dot_product")
+
+
+def report() -> str:
+    """Returns the whole report as text that ends with a newline.
+
+    Example:
+        >>> print(report().splitlines()[0])
+        versions
+    """
+    sections: tuple[tuple[str, Callable[[], Rows]], ...] = (
+        ("versions", _versions),
+        ("devices", _devices),
+        ("backends", _backends),
+        ("environment variables", _environment),
+        ("paths", _locations),
+    )
+    return "\n".join(_section(title, rows) for title, rows in sections)
+
+
+def main() -> None:
+    """Prints the report."""
+    sys.stdout.write(report())
+
+
+def _section(title: str, rows: Callable[[], Rows]) -> str:
+    # Whoever runs this already has a problem: one failing part must not hide the others.
+    try:
+        listed = rows()
+    except Exception as error:
+        listed = [("unavailable", f"{type(error).__name__}: {error}")]
+    width = max((len(label) for label, _ in listed), default=0)
+    lines = [title]
+    for label, text in listed:
+        first, *rest = text.splitlines() or [""]
+        lines.append(f"  {label:<{width}}  {first}".rstrip())
+        lines += [f"  {'':<{width}}  {line}".rstrip() for line in rest]
+    return "\n".join(lines) + "\n"
+
+
+def _versions() -> Rows:
+    rows = [("nlkernels", nlkernels.__version__), ("python", platform.python_version())]
+    for name, remedy in _DISTRIBUTIONS:
+        try:
+            rows.append((name, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            rows.append((name, f"not installed ({remedy})" if remedy else "not installed"))
+    rows.append(("system", platform.platform()))
+    return rows
+
+
+def _devices() -> Rows:
+    if hasattr(os, "sched_getaffinity"):
+        usable = len(os.sched_getaffinity(0))
+    else:
+        usable = os.cpu_count()
+    rows = [
+        ("cpu", f"{_cpu_model()}, {usable} of {os.cpu_count()} cores usable"),
+        ("cpu instructions", f"{torch.backends.cpu.get_cpu_capability()} (as torch uses them)"),
+        ("torch threads", str(torch.get_num_threads())),
+    ]
+    if not torch.cuda.is_available():
+        build = "torch is built without CUDA" if torch.version.cuda is None else "no usable device"
+        return [*rows, ("gpu", f"none ({build})")]
+    rows.append(("cuda of torch", str(torch.version.cuda)))
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory_mib = properties.total_memory // 2**20
+        rows.append(
+            (
+                f"cuda:{index}",
+                f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+                f"{properties.multi_processor_count} multiprocessors, {memory_mib} MiB",
+            )
+        )
+    return rows
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _backends() -> Rows:
+    rows = []
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16):
+            rows += [(f"{device} {_short(dtype)} {k}", _explain(k, device, dtype)) for k in _KINDS]
+    shape = f"batch {_TYPICAL_BATCH}, N {_TYPICAL_N}, M {_TYPICAL_M}, D = V = {_TYPICAL_D}"
+    return [("problem", f"{shape}, with gradients"), *rows]
+
+
+def _explain(kind: str, device: str, dtype: torch.dtype) -> str:
+    query = torch.empty(_TYPICAL_BATCH, _TYPICAL_N, _TYPICAL_D, device=device, dtype=dtype)
+    key = torch.empty(_TYPICAL_BATCH, _TYPICAL_M, _TYPICAL_D, device=device, dtype=dtype)
+    value = torch.empty_like(key)
+    for operand in (query, key, value):
+        operand.requires_grad_()
+    explanation = nlkernels.explain("nonlocal_attention", query, key, value, kind=kind)
+    others = [
+        f"not {name}: {reason or 'able, not chosen'}"
+        for name, reason in explanation.reasons.items()
+        if name != explanation.backend
+    ]
+    return "\n".join([explanation.backend, *others])
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _environment() -> Rows:
+    rows = []
+    for name, variable in _env.VARIABLES.items():
+        value = _env.read(name)
+        origin = "set" if os.environ.get(name) else "default"
+        rows.append((name, f"{value} ({origin}): {variable.doc}"))
+    return rows
+
+
+def _locations() -> Rows:
+    root = _paths.checkout_root()
+    return [
+        ("package", str(_paths.PACKAGE)),
+        ("csrc", str(_paths.csrc_dir())),
+        ("installed as", "a copy" if root is None else f"a source checkout in {root}"),
+        ("python", sys.executable),
+    ]
+
+
+if __name__ == "__main__":
+    main()

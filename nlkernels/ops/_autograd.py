@@ -1,0 +1,60 @@
+"""Gradients of gradients, for every operation whose rows are independent given key and value."""
+
+from collections.abc import Callable
+
+import torch
+
+from nlkernels.ops._tiles import compute_dtype, scores_per_tile, tiles
+
+# Plain autograd keeps about this many score matrices of a tile while it differentiates twice.
+_MATRICES = 12
+
+
+def differentiates_again() -> bool:
+    """Whether a backward pass is itself recorded (create_graph=True), outside of tracing."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def double_backward(
+    attention: Callable,
+    operands: tuple[torch.Tensor, ...],
+    scale: float,
+    cotangents: tuple[torch.Tensor, ...],
+) -> tuple[torch.Tensor, ...]:
+    """Differentiate the gradients of `attention`, the definition, a tile of query rows at a time.
+
+    Args:
+        attention: reference (query, key, value, scale) -> out, differentiable by autograd.
+        operands: grad (B,N,V), query (B,N,D), key (B,M,D), value (B,M,V).
+        scale: the factor of the scores.
+        cotangents: of the gradients of query, key and value.
+
+    Returns:
+        Gradients of the four operands, accumulated in at least float32.
+    """
+    original = operands[1].dtype
+    dtype = torch.promote_types(compute_dtype(original), torch.float32)
+    grad, query, key, value = (t.detach().to(dtype) for t in operands)
+    d_query, d_key, d_value = (t.to(dtype) for t in cotangents)
+    sums = [torch.zeros_like(t) for t in (grad, query, key, value)]
+    columns = max(key.shape[1], query.shape[2], value.shape[2])
+    budget = scores_per_tile(query.device, _MATRICES * dtype.itemsize, None)
+    for items, part in tiles(query.shape[0], query.shape[1], columns, budget):
+        with torch.enable_grad():
+            tile = [
+                t.detach().requires_grad_()
+                for t in (grad[items, part], query[items, part], key[items], value[items])
+            ]
+            out = attention(*tile[1:], scale)
+            first = torch.autograd.grad(out, tile[1:], tile[0], create_graph=True)
+            second = torch.autograd.grad(
+                first,
+                tile,
+                (d_query[items, part], d_key[items], d_value[items]),
+                materialize_grads=True,
+            )
+        sums[0][items, part] = second[0]
+        sums[1][items, part] = second[1]
+        sums[2][items] += second[2]
+        sums[3][items] += second[3]
+    return tuple(t.to(original) for t in sums)

@@ -1,0 +1,108 @@
+"""Tiles of the score matrix: the pieces that the chunked backends compute one after another."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+MIB = 2**20
+# CPU: 12 MiB keeps every buffer of a tile in a last-level cache and is within 3 % of the fastest
+# size measured (see benchmarks/README.md). CUDA: the cap of the staged kernels.
+DEFAULT_WORKSPACE_MIB = {"cpu": 12, "cuda": 40}
+# A tile has at least this many query rows, whatever the workspace: narrower matrix products crawl.
+MIN_ROWS = 16
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which a chunked backend runs: float16 is computed in float32.
+
+    float16 scores overflow for inputs far below the largest float16, and its matrix product is
+    two hundred times slower than float32's on CPUs without float16 units.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for 16-bit dtypes, else the dtype itself."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def scores_per_tile(device: torch.device, bytes_per_score: int, workspace_mib: float | None) -> int:
+    """How many scores of `bytes_per_score` bytes fit in the workspace."""
+    if workspace_mib is None:
+        workspace_mib = DEFAULT_WORKSPACE_MIB.get(device.type, DEFAULT_WORKSPACE_MIB["cuda"])
+    return int(workspace_mib * MIB) // bytes_per_score
+
+
+def tiles(batch: int, rows: int, columns: int, scores: int) -> Iterator[tuple[slice, slice]]:
+    """Yield (batch slice, row slice) pairs that cover a (batch, rows, columns) score matrix.
+
+    A tile spans several whole batch items when they fit into `scores`, else a run of rows of one
+    item; in both cases the tiles are of almost equal size. Every batch item's tiles are adjacent.
+    """
+    if batch == 0 or rows == 0:
+        return
+    tile_rows = max(MIN_ROWS, scores // max(columns, 1))
+    if tile_rows >= rows:
+        items = max(1, tile_rows // rows)
+        items = -(-batch // -(-batch // items))
+        for start in range(0, batch, items):
+            yield slice(start, min(start + items, batch)), slice(0, rows)
+        return
+    tile_rows = -(-rows // -(-rows // tile_rows))
+    for item in range(batch):
+        for start in range(0, rows, tile_rows):
+            yield slice(item, item + 1), slice(start, min(start + tile_rows, rows))
+
+
+class Buffer:
+    """One allocation, reused as a block of every tile."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._storage = torch.empty(0, dtype=dtype, device=device)
+
+    def block(self, *shape: int) -> torch.Tensor:
+        """An uninitialised tensor of `shape`; grows only when no block was as large before."""
+        size = math.prod(shape)
+        if self._storage.numel() < size:
+            self._storage = self._storage.new_empty(size)
+        return self._storage[:size].view(shape)
+
+
+def product(a: torch.Tensor, b: torch.Tensor, scale: float, out: torch.Tensor) -> torch.Tensor:
+    """out = scale a @ b for batches of matrices."""
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+
+
+class ProductSum:
+    """Sum of the matrix products of one batch item's tiles, accumulated in at least float32."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._wide = accumulator_dtype(dtype)
+        self._total = Buffer(self._wide, device)
+        self._term = Buffer(dtype, device)
+
+    def add(
+        self,
+        out: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+        *,
+        first: bool,
+        last: bool,
+    ) -> None:
+        """Add scale a @ b; `out` holds the sum after the tile that is `last`."""
+        if first and last:
+            product(a, b, scale, out)
+        elif out.dtype == self._wide:
+            torch.baddbmm(out, a, b, beta=0 if first else 1, alpha=scale, out=out)
+        else:
+            total = self._total.block(*out.shape)
+            term = product(a, b, scale, self._term.block(*out.shape))
+            if first:
+                total.copy_(term)
+            else:
+                total.add_(term)
+            if last:
+                out.copy_(total)

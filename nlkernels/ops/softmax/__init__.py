@@ -1,0 +1,1 @@
+"""Row softmax of scale * query.key^T, times value: kinds "softmax" and "gaussian"."""

@@ -1,0 +1,85 @@
+"""torch's scaled_dot_product_attention, only where it runs a fused kernel.
+
+On CPUs the flash kernel is called through the operator that also returns the log-sum-exp, so it
+keeps the contract of the other backends. On GPUs it is a composite outside the operator: torch
+chooses among its fused kernels and saves what it needs.
+"""
+
+import math
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from nlkernels._spec import Problem
+
+FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+# Fused GPU kernels load 16 bytes at a time.
+ALIGNMENT = {torch.float16: 8, torch.bfloat16: 8, torch.float32: 4}
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Why torch would fall back to its materialising math path; empty when a fused kernel runs."""
+    reasons = []
+    if not problem.unit_stride:
+        reasons.append("its fused kernels need a last stride of 1; call .contiguous()")
+    if problem.queries == 0 or problem.keys == 0 or problem.batch == 0:
+        reasons.append("its fused kernels refuse empty operands")
+    if problem.device == "cpu":
+        if problem.depth != problem.value_depth:
+            reasons.append("its CPU kernel needs D == V; torch would materialise the scores")
+        if not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
+            reasons.append(f"torch {torch.__version__} has no CPU flash kernel")
+    elif problem.device == "cuda":
+        multiple = ALIGNMENT.get(problem.dtype)
+        if multiple is None:
+            reasons.append(f"its fused kernels do not take {problem.dtype}")
+        elif problem.depth % multiple or problem.value_depth % multiple:
+            reasons.append(f"its fused kernels need D and V divisible by {multiple}")
+    else:
+        reasons.append(f"no fused kernel is known for device {problem.device}")
+    return reasons
+
+
+def composite(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention on a GPU by torch's fused kernels, never by its math path."""
+    with sdpa_kernel(FUSED):
+        out = scaled_dot_product_attention(
+            query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), scale=scale
+        )
+    return out.squeeze(1)
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    workspace_mib: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out (B,N,V) and the base-2 lse (B,N), on a CPU."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), scale=scale
+    )
+    return out.squeeze(1).contiguous(), lse.view(query.shape[:2]) * math.log2(math.e)
+
+
+def backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    workspace_mib: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of query, key and value, on a CPU."""
+    grad, query, key, value, out = (t.unsqueeze(1) for t in (grad, query, key, value, out))
+    lse = (lse * math.log(2.0)).unsqueeze(1)
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad.contiguous(), query, key, value, out, lse, 0.0, False, scale=scale
+    )
+    return tuple(g.squeeze(1) for g in grads)

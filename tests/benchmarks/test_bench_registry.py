@@ -1,0 +1,110 @@
+"""The measured shapes are those of the published networks."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.checks import eager
+from benchmarks.registry import CASES, KINDS, Case, select_cases
+from nlkernels.models import create_model
+from nlkernels.modules import NonLocalBlock3d
+
+
+def strided(size: int, *layers: tuple[int, int, int]) -> int:
+    """Size after convolutions or pools given as (kernel, stride, padding)."""
+    for kernel, stride, padding in layers:
+        size = (size + 2 * padding - kernel) // stride + 1
+    return size
+
+
+STEM = ((7, 2, 3), (3, 2, 0))  # conv1, unpadded pool1
+RES3 = (*STEM, (3, 2, 1))
+RES4 = (*RES3, (3, 2, 1))
+PADDED_RES3 = ((7, 2, 3), (3, 2, 1), (3, 2, 1))
+HALVE = (2, 2, 0)
+
+# system/stage -> (frames entering, temporal layers, spatial layers, key pooling, channels, inner)
+ARCHITECTURE = {
+    "c2d_r50_8x8/res3": (8, (HALVE,), RES3, 2, 512, 256),
+    "c2d_r50_8x8/res4": (8, (HALVE,), RES4, 2, 1024, 512),
+    "c2d_r50_128x1/res3": (128, ((5, 2, 2), HALVE, HALVE), RES3, 2, 512, 256),
+    "c2d_r50_128x1/res4": (128, ((5, 2, 2), HALVE, HALVE), RES4, 2, 1024, 512),
+    "tsm_r50_8seg/layer2": (8, (), PADDED_RES3, 2, 512, 256),
+    "tsm_r50_8seg/layer3": (8, (), (*PADDED_RES3, (3, 2, 1)), 2, 1024, 512),
+    "rnl_r50_8seg/layer2": (8, (), PADDED_RES3, 1, 512, 256),
+    "rnl_r50_8seg/layer3": (8, (), (*PADDED_RES3, (3, 2, 1)), 1, 1024, 512),
+    "rnl_r50_16seg/layer2": (16, (), PADDED_RES3, 1, 512, 256),
+    "rnl_r50_16seg/layer3": (16, (), (*PADDED_RES3, (3, 2, 1)), 1, 1024, 512),
+    "inception_flow_64/mixed_3c": (64, (HALVE,), (HALVE, HALVE, HALVE), 2, 480, 240),
+    "inception_flow_64/mixed_4d": (64, (HALVE, HALVE), (HALVE,) * 4, 2, 512, 256),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.kind}")
+def test_shape_follows_from_the_architecture(case: Case) -> None:
+    layer, size = case.name.split("@")
+    frames, temporal, spatial, pool, channels, inner = ARCHITECTURE[layer]
+    t, side = strided(frames, *temporal), strided(int(size), *spatial)
+    d = channels if case.kind == "gaussian" else inner
+    assert (case.n, case.m) == (t * side**2, t * (side // pool) ** 2)
+    assert (case.d, case.v) == (d, inner)
+
+
+@pytest.mark.parametrize("size", [224, 256])
+def test_shape_is_what_the_model_feeds_its_blocks(size: int) -> None:
+    with torch.device("meta"):
+        model = create_model("c2d_r50_8x8", num_classes=4, blocks=5).eval()
+    blocks = [module for module in model.modules() if isinstance(module, NonLocalBlock3d)]
+    seen = []
+
+    def record(block: NonLocalBlock3d, x: torch.Tensor) -> torch.Tensor:
+        _, _, frames, height, width = x.shape
+        keys = frames * (height // 2) * (width // 2)
+        seen.append((frames * height * width, keys, block.theta.out_channels))
+        return x
+
+    for block in blocks:
+        block.forward = partial(record, block)
+    model(torch.empty(1, 3, 8, size, size, device="meta"))
+    expected = {
+        stage: next((c.n, c.m, c.d) for c in select_cases([f"c2d_r50_8x8/{stage}@{size}"]))
+        for stage in ("res3", "res4")
+    }
+    assert seen == [expected["res3"]] * 2 + [expected["res4"]] * 3
+
+
+def test_acceptance_case() -> None:
+    (case,) = select_cases(["acceptance"], ["softmax"])
+    assert (case.batch, case.n, case.m, case.d, case.v) == (2, 12544, 3136, 256, 256)
+
+
+def test_names_and_kinds_are_unique() -> None:
+    assert len({(case.name, case.kind) for case in CASES}) == len(CASES)
+    assert {case.kind for case in CASES} == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nominal_flop_is_that_of_the_two_products(kind: str) -> None:
+    case = Case("tiny", kind, 2, 12, 8, 6, 4)
+    query, key, value = torch.randn(2, 12, 6), torch.randn(2, 8, 6), torch.randn(2, 8, 4)
+    with FlopCounterMode(display=False) as counter:
+        eager(query, key, value, case.scale, kind=kind)
+    assert counter.get_total_flops() == case.flop("forward")
+    assert case.flop("forward_backward") == 3.5 * case.flop("forward")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ((["res9"],), "res9"),
+        ((["quick"], ["concat"]), "concat"),
+        ((["quick"], ["softmax"], 0), "batch"),
+        ((["inception_flow_64/*"], ["gaussian"]), "gaussian"),
+    ],
+    ids=["case", "kind", "batch", "empty"],
+)
+def test_wrong_selection_is_an_error(arguments: tuple, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        select_cases(*arguments)

@@ -1,0 +1,123 @@
+"""Registry: names, options and what a mistake in them says."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from nlkernels.models import create_model, list_models, register_model
+
+NAMES = ["c2d_r50_8x8", "c2d_tiny", "i3d_r50_8x8"]
+
+
+def test_list_models_is_sorted_and_filters():
+    assert list_models() == NAMES
+    assert list_models("c2d*") == ["c2d_r50_8x8", "c2d_tiny"]
+    assert list_models("nothing*") == []
+
+
+def test_register_model_refuses_a_name_twice():
+    def c2d_tiny(*, num_classes, width=1.0):
+        raise NotImplementedError
+
+    with pytest.raises(ValueError, match=r"expected a new name, got 'c2d_tiny' again"):
+        register_model(c2d_tiny)
+
+
+def test_package_is_importable_under_its_full_name_only():
+    init = Path(__file__).resolve().parents[2] / "models" / "__init__.py"
+    spec = importlib.util.spec_from_file_location("models", init)
+    with pytest.raises(ImportError, match=r"import this package as 'nlkernels\.models'"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+MISTAKES = {
+    "unknown-name": (
+        "i3d_r50_8x",
+        {},
+        ValueError,
+        r"expected one of c2d_r50_8x8, .*got 'i3d_r50_8x'; did you mean 'i3d_r50_8x8'\?",
+    ),
+    "unknown-name-far-away": ("zzz", {}, ValueError, r"got 'zzz'; pass one of these"),
+    "unknown-option": (
+        "c2d_tiny",
+        {"block_s": 2},
+        TypeError,
+        r"expected options of c2d_tiny among blocks, block, dropout, got 'block_s'; did you mean",
+    ),
+    "block-count": ("c2d_tiny", {"blocks": 3}, ValueError, r"blocks to be one of 0, 1, 2, got 3"),
+    "block-count-resnet": (
+        "i3d_r50_8x8",
+        {"blocks": 2},
+        ValueError,
+        r"i3d_r50_8x8: expected blocks to be one of 0, 1, 5, got 2",
+    ),
+    "block-count-bool": ("c2d_tiny", {"blocks": True}, ValueError, r"one of 0, 1, 2, got True"),
+    "block-not-a-mapping": ("c2d_tiny", {"block": "softmax"}, TypeError, r"got 'softmax'; pass"),
+    "block-option": (
+        "c2d_tiny",
+        {"block": {"pool_ordr": "after"}},
+        TypeError,
+        r"got 'pool_ordr'; did you mean 'pool_order'\?",
+    ),
+    "block-option-of-the-model": (
+        "c2d_tiny",
+        {"block": {"dim": 64}},
+        TypeError,
+        r"c2d_tiny: expected block options among variant, .*got 'dim'",
+    ),
+    "block-variant": (
+        "c2d_r50_8x8",
+        {"block": {"variant": "loca"}},
+        ValueError,
+        r"one of nonlocal, local, got 'loca'; did you mean 'local'\?",
+    ),
+    "width-zero": ("c2d_tiny", {"width": 0.0}, ValueError, r"expected width > 0, got 0\.0"),
+    "width-nan": ("c2d_tiny", {"width": float("nan")}, ValueError, r"expected width > 0, got nan"),
+    "width-text": ("c2d_tiny", {"width": "half"}, TypeError, r"width to be a number, got 'half'"),
+    "classes-zero": ("c2d_tiny", {"num_classes": 0}, ValueError, r"num_classes >= 1, got 0"),
+    "classes-float": ("c2d_tiny", {"num_classes": 2.0}, TypeError, r"to be an int, got 2\.0"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_in_create_model(mistake):
+    name, options, error, message = mistake
+    with pytest.raises(error, match=message):
+        create_model(name, **{"num_classes": 2, **options})
+
+
+BAD_CLIPS = {
+    "list": ([[0.0]], TypeError, r"expected a floating-point clip, got list"),
+    "uint8": (torch.zeros(1, 3, 8, 48, 48, dtype=torch.uint8), TypeError, r"got torch\.uint8"),
+    "rank": (torch.zeros(3, 8, 48, 48), ValueError, r"\(B, 3, T, H, W\), got \(3, 8, 48, 48\)"),
+    "frames-first": (torch.zeros(1, 8, 3, 48, 48), ValueError, r"the colour channels second"),
+    "small": (torch.zeros(1, 3, 1, 7, 48), ValueError, r"expected at least .* pixels, got \(1, 3"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_CLIPS.values(), ids=BAD_CLIPS.keys())
+@pytest.mark.parametrize("name", NAMES)
+def test_mistakes_in_clips(name, bad):
+    clip, error, message = bad
+    with torch.device("meta"):
+        model = create_model(name, num_classes=2, width=0.125)
+    with pytest.raises(error, match=rf"{name}: .*{message}"):
+        model(clip)
+
+
+def test_widths_round_to_multiples_of_eight():
+    channels = {
+        width: [
+            layer.conv.out_channels
+            for layer in create_model("c2d_tiny", num_classes=2, width=width).layers
+        ]
+        for width in (0.1, 0.7, 1, 1.5)
+    }
+    assert channels == {
+        0.1: [8, 8, 8, 8, 8, 16],
+        0.7: [8, 24, 24, 48, 48, 88],
+        1: [16, 32, 32, 64, 64, 128],
+        1.5: [24, 48, 48, 96, 96, 192],
+    }

@@ -1,0 +1,82 @@
+"""`nlk info` names everything a bug report needs and never fails itself."""
+
+import runpy
+import sys
+
+import pytest
+import torch
+
+import nlkernels
+from nlkernels import _env, _paths, info
+
+
+def _section(text: str, title: str) -> str:
+    """The lines below a title, up to the next empty line."""
+    return text.split(f"{title}\n", 1)[1].split("\n\n", 1)[0]
+
+
+def test_versions():
+    text = _section(info.report(), "versions")
+    assert nlkernels.__version__ in text
+    assert torch.__version__ in text
+    assert sys.version.split()[0] in text
+
+
+def test_missing_package_names_its_extra(monkeypatch):
+    def nothing_installed(name: str) -> str:
+        raise info.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(info.metadata, "version", nothing_installed)
+    text = _section(info.report(), "versions")
+    assert "not installed (pip install nlkernels[video])" in text
+
+
+def test_devices():
+    text = _section(info.report(), "devices")
+    assert torch.backends.cpu.get_cpu_capability() in text
+    assert ("cuda:0" in text) == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("kind", ["softmax", "gaussian", "dot_product"])
+def test_backends_with_reasons(kind):
+    query, key = torch.empty(1, 6272, 256), torch.empty(1, 1568, 256)
+    explanation = nlkernels.explain("nonlocal_attention", query, key, key, kind=kind)
+    text = _section(info.report(), "backends")
+    assert f"cpu float32 {kind}" in text
+    assert explanation.backend in text
+    for name in explanation.reasons:
+        assert name in text
+
+
+def test_impossible_setting_is_reported_and_nothing_else_is_lost(monkeypatch):
+    monkeypatch.setenv("NLKERNELS_BACKEND", "no_such_backend")
+    text = info.report()
+    assert "unavailable" in _section(text, "backends")
+    assert "no_such_backend (set)" in _section(text, "environment variables")
+    assert str(_paths.csrc_dir()) in _section(text, "paths")
+
+
+@pytest.mark.parametrize("name", sorted(_env.VARIABLES))
+def test_every_variable_is_documented(name, monkeypatch):
+    monkeypatch.delenv(name, raising=False)
+    variable = _env.VARIABLES[name]
+    assert name.startswith("NLKERNELS_")
+    assert f"{variable.default} (default): {variable.doc}" in info.report()
+
+
+def test_empty_variable_means_default(monkeypatch):
+    monkeypatch.setenv("NLKERNELS_BACKEND", "")
+    assert _env.read("NLKERNELS_BACKEND") == "auto"
+
+
+def test_undeclared_variable_is_an_error():
+    with pytest.raises(KeyError):
+        _env.read("NLKERNELS_NO_SUCH_VARIABLE")
+
+
+def test_runs_as_a_module(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "nlkernels.info")
+    runpy.run_module("nlkernels.info", run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.startswith("versions\n")
+    assert printed.endswith(f"python        {sys.executable}\n")

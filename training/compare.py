@@ -1,0 +1,159 @@
+"""``nlk compare``: the same network without blocks, with naive blocks, with fast blocks, ...
+
+Every variant trains with the same seeds, starting weights and clips in the same order; then all of
+them are measured in turns on clips of one shape. Attention is negligible at the clip sizes that
+train in a minute, so that shape is a setting of its own and stands beside every number.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import report as reports
+from .config import Config, to_dict
+from .loading import load_data
+from .measure import Cost, attention_sizes, measure
+from .plots import draw_comparison
+from .runs import Run, prepare, total_steps, train_and_test
+from .variants import DESCRIPTIONS, build_variant
+
+AGREEMENT_STEPS = 20
+
+
+def compare_from_config(config: Config, *, command: str) -> Path:
+    """Train, test and measure every variant.
+
+    Writes into ``run.out``: ``config.json``, a ``.jsonl`` log and a ``.pt`` checkpoint of every
+    training, ``report.json``, ``report.md`` and its plots; prints the summary table.
+
+    Args:
+        config: From ``config_file.load_config``.
+        command: Command line, for the report.
+
+    Returns:
+        Path of ``report.md``.
+
+    Raises:
+        ValueError: Bad value, unknown model, no usable videos.
+        NonFiniteError: A loss or a gradient is not finite.
+    """
+    begun = time.perf_counter()
+    variants, seeds = config.compare.variants, config.compare.seeds
+    out, device = prepare(config)
+    if config.run.resume is not None:
+        raise ValueError(
+            f"compare: expected run.resume unset, got {config.run.resume!r}; "
+            "a comparison trains every variant from its start"
+        )
+    # Mistakes in the variants' options show before clips are generated.
+    with torch.device("meta"):
+        for name in variants:
+            build_variant(name, config.model, 2, seed=0)
+    data = load_data(config, seed=seeds[0])
+    print("\n".join(reports.data_lines(data)), flush=True)
+    num_classes = len(data.classes)
+
+    models = {
+        name: build_variant(name, config.model, num_classes, seed=seeds[0]).to(device)
+        for name in variants
+    }
+    blocks = next((models[name] for name in ("fast", "naive", "frame") if name in models), None)
+    profile = config.compare.profile
+    sizes = {"training": [], "profile": []}
+    if blocks is not None:
+        shape = config.data
+        sizes["training"] = attention_sizes(blocks, frames=shape.frames, size=shape.size)
+        sizes["profile"] = attention_sizes(blocks, frames=profile.frames, size=profile.size)
+
+    runs: dict[str, list[Run]] = {name: [] for name in variants}
+    for seed in seeds:
+        data = data if seed == seeds[0] else load_data(config, seed=seed)
+        for name in variants:
+            label = name if len(seeds) == 1 else f"{name}-{seed}"
+            model = build_variant(name, config.model, num_classes, seed=seed).to(device)
+            run = train_and_test(model, data, config, name=label, seed=seed, device=device)
+            runs[name].append(run)
+
+    print(
+        f"measuring speed and memory: batch {profile.batch} of {profile.frames} x "
+        f"{profile.size} x {profile.size}, {profile.rounds} rounds",
+        flush=True,
+    )
+    costs = measure(models, profile, config.optim, num_classes=num_classes, device=device)
+
+    report = reports.head(
+        "comparison",
+        out=out,
+        command=command,
+        seconds=time.perf_counter() - begun,
+        device=device,
+        config=to_dict(config),
+        data=reports.data_section(config, data),
+        training=reports.training_section(
+            config, total_steps(config, len(data.train)), sizes["training"]
+        ),
+    )
+    report["profile"] = {
+        "batch": profile.batch,
+        "frames": profile.frames,
+        "size": profile.size,
+        "rounds": profile.rounds,
+        "attention": sizes["profile"],
+    }
+    report["agreement"] = _agreement(runs, seeds)
+    report["variants"] = [
+        _variant_section(name, costs[name], costs.get("none"), runs[name], seeds)
+        for name in variants
+    ]
+    curves = {name: [run.losses for run in runs[name]] for name in variants}
+    plots = draw_comparison(report, curves, out)
+    reports.write_json(report, out / "report.json")
+    print("\n" + reports.comparison_text(report))
+    return reports.write_markdown(reports.comparison_markdown(report, plots), out / "report.md")
+
+
+def _agreement(runs: dict[str, list[Run]], seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+    """How far apart the losses of naive and fast are in their first steps."""
+    if "naive" not in runs or "fast" not in runs:
+        return []
+    pairs = []
+    for seed, naive, fast in zip(seeds, runs["naive"], runs["fast"], strict=True):
+        both = list(zip(naive.losses, fast.losses, strict=True))[:AGREEMENT_STEPS]
+        difference = max(abs(one - other) for one, other in both)
+        pairs.append({"seed": seed, "steps": len(both), "loss_difference": difference})
+    return pairs
+
+
+def _variant_section(
+    name: str, cost: Cost, plain: Cost | None, runs: list[Run], seeds: tuple[int, ...]
+) -> dict[str, Any]:
+    def overhead(value: float, base: float) -> float:
+        return 100 * (value / base - 1)
+
+    over: dict[str, float | None] = dict.fromkeys(("parameters", "flops", "step_ms", "memory_mib"))
+    if plain is not None:
+        over = {
+            "parameters": overhead(cost.parameters, plain.parameters),
+            "flops": overhead(cost.flops, plain.flops),
+            "step_ms": overhead(cost.step_ms.p50, plain.step_ms.p50),
+            "memory_mib": overhead(cost.memory_mib, plain.memory_mib),
+        }
+    return {
+        "name": name,
+        "description": DESCRIPTIONS[name],
+        **reports.plain(cost),
+        "overhead_percent": over,
+        "accuracy": sum(run.test.accuracy for run in runs) / len(runs),
+        "runs": [
+            {
+                "seed": seed,
+                "accuracy": run.test.accuracy,
+                "test_loss": run.test.loss,
+                "train_loss": run.last_loss,
+                "train_s": round(run.train_s, 1),
+            }
+            for seed, run in zip(seeds, runs, strict=True)
+        ],
+    }

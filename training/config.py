@@ -1,0 +1,284 @@
+"""Configuration of training and comparison: frozen dataclasses, one docstring per key.
+
+A YAML file (``config_file.py`` reads it) lists only what differs from the defaults below.
+Impossible values and combinations are one-line errors raised before any work starts.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+VARIANTS = ("none", "naive", "fast", "local", "frame")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network."""
+
+    name: str = "c2d_tiny"
+    """A name of ``nlkernels.models.list_models()``."""
+    num_classes: int | None = None
+    """Number of classes; unset takes it from the data set, set it must agree with the data set."""
+    width: float = 1.0
+    """Multiplier of the channel counts."""
+    blocks: int = 2
+    """Number of non-local blocks."""
+    block: dict[str, Any] = field(default_factory=dict)
+    """Options of every block, as ``NonLocalBlock3d`` takes them."""
+    dropout: float | None = None
+    """Dropout probability before the classifier; unset takes the model's own."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which clips, and how they are read."""
+
+    kind: Literal["synthetic", "folder"] = "synthetic"
+    """``synthetic`` writes and reads generated video files, ``folder`` reads yours."""
+    root: str | None = None
+    """Folder of the videos; unset puts generated files under ``run.out``."""
+    frames: int = 8
+    """Frames of a clip."""
+    stride: int = 1
+    """Distance between two frames of a clip, in video frames."""
+    size: int = 48
+    """Height and width of a clip, in pixels."""
+    short_side: tuple[int, int] = (56, 64)
+    """Range of the short side before cropping, in pixels; tests use the first."""
+    flip: bool = True
+    """Mirror half of the training clips left to right."""
+    split_by: Literal["folder", "time"] = "folder"
+    """``folder``: root/train and root/test; ``time``: the last part of each video is the test."""
+    holdout: float = 0.3
+    """Share of each video that is kept for testing (``split_by: time`` only)."""
+    train_files: int = 2000
+    """Generated training files (synthetic only)."""
+    test_files: int = 500
+    """Generated test files (synthetic only)."""
+    test_clips: int = 1
+    """Clips per test video; their softmax scores are averaged."""
+    seed: int = 0
+    """Seed of the generated files."""
+    workers: int = 0
+    """Loader processes; 0 reads in the training process."""
+    timeout_s: float = 120.0
+    """Longest wait for a batch from the loader processes before it is an error, in seconds."""
+    preload: bool = False
+    """Keep the decoded videos in memory."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How the parameters move."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Optimiser."""
+    lr: float = 0.1
+    """Learning rate after warm-up."""
+    momentum: float = 0.9
+    """Momentum (sgd only)."""
+    nesterov: bool = True
+    """Nesterov's form of momentum (sgd only)."""
+    weight_decay: float = 1e-4
+    """Weight decay."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    milestones: tuple[int, ...] = ()
+    """Steps at which the learning rate is multiplied by ``gamma`` (``schedule: step`` only)."""
+    gamma: float = 0.1
+    """Factor at a milestone (``schedule: step`` only)."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    steps: int | None = None
+    """Length of the training in steps; set this or ``epochs``."""
+    epochs: float | None = None
+    """Length of the training in passes over the training clips; set this or ``steps``."""
+    batch: int = 32
+    """Clips per step."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how the run happens."""
+
+    out: str | None = None
+    """Folder of everything the run writes; unset is ``runs/NAME-OF-THE-CONFIG``."""
+    seed: int = 0
+    """Seed of initial weights, data order and dropout (``nlk train``)."""
+    device: str = "auto"
+    """``auto`` takes the first GPU if there is one; else a torch device name."""
+    log_every: int = 50
+    """Steps between two progress lines; every step is in the JSONL file."""
+    threads: int | None = None
+    """CPU threads of torch; unset keeps torch's choice."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints; unset saves the final one only."""
+    resume: str | None = None
+    """Checkpoint file to continue from (``nlk train``)."""
+    colour_check: bool = False
+    """Also report the accuracy of a classifier that sees only each clip's mean colour."""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Clip shape and length of the speed and memory measurement."""
+
+    batch: int = 2
+    """Clips per measured step."""
+    frames: int = 8
+    """Frames of a measured clip."""
+    size: int = 112
+    """Height and width of a measured clip, in pixels."""
+    rounds: int = 7
+    """Measured steps of every variant; the variants take turns, round by round."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What ``nlk compare`` compares."""
+
+    variants: tuple[str, ...] = ("none", "naive", "fast")
+    """Any of none, naive, fast, local (local blocks), frame (keys of the query's frame only)."""
+    seeds: tuple[int, ...] = (0,)
+    """Every variant is trained once per seed."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Clip shape and length of the speed and memory measurement."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that defines a run; ``to_dict`` of it is written beside the logs."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Which network."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Which clips, and how they are read."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """How the parameters move."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Where and how the run happens."""
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    """What ``nlk compare`` compares."""
+
+
+_MINIMUM = {
+    "model.num_classes": 2,
+    "model.blocks": 0,
+    "data.frames": 1,
+    "data.stride": 1,
+    "data.size": 1,
+    "data.train_files": 2,
+    "data.test_files": 2,
+    "data.test_clips": 1,
+    "data.workers": 0,
+    "optim.warmup": 0,
+    "optim.steps": 1,
+    "optim.batch": 1,
+    "run.log_every": 1,
+    "run.threads": 1,
+    "run.checkpoint_every": 1,
+    "compare.profile.batch": 1,
+    "compare.profile.frames": 1,
+    "compare.profile.size": 1,
+    "compare.profile.rounds": 1,
+}
+_POSITIVE = ("model.width", "data.timeout_s", "optim.epochs")
+_NOT_NEGATIVE = ("optim.lr", "optim.weight_decay", "optim.momentum", "optim.gamma")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values of a configuration, as they are written to JSON."""
+    return dataclasses.asdict(config)
+
+
+def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the configuration, sections included."""
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        keys.append(f"{prefix}{name}")
+        if dataclasses.is_dataclass(hint):
+            keys += known_keys(hint, f"{prefix}{name}.")
+    return keys
+
+
+def suggestion(word: str, known: Sequence[str], *, otherwise: str) -> str:
+    """The remedy of an unknown word or dotted key: its nearest neighbour, or ``otherwise``."""
+    section, _, leaf = word.rpartition(".")
+    near = [key for key in known if key.rpartition(".")[2] == leaf]
+    if not near:
+        siblings = [key for key in known if key.rpartition(".")[0] == section]
+        near = difflib.get_close_matches(word, siblings, n=1, cutoff=0.75 if section else 0.6)
+    return f"did you mean {near[0]!r}?" if near else otherwise
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value at a dotted key."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def check_values(config: Config) -> None:
+    """Raise ValueError for a value, or a combination of values, that cannot work."""
+    for key, low in _MINIMUM.items():
+        value = value_of(config, key)
+        if value is not None and value < low:
+            raise ValueError(
+                f"config: expected {key} >= {low}, got {value}; write for example {key}={low}"
+            )
+    for key in _POSITIVE:
+        value = value_of(config, key)
+        if value is not None and not value > 0:
+            raise ValueError(f"config: expected {key} > 0, got {value}; give a positive number")
+    for key in _NOT_NEGATIVE:
+        value = value_of(config, key)
+        if not value >= 0:
+            raise ValueError(f"config: expected {key} >= 0, got {value}; give zero or more")
+    _check_combinations(config)
+
+
+def _check_combinations(config: Config) -> None:
+    data, optim, compare = config.data, config.optim, config.compare
+    if (optim.steps is None) == (optim.epochs is None):
+        both = "neither" if optim.steps is None else "both"
+        raise ValueError(
+            f"config: expected one of optim.steps and optim.epochs, got {both}; "
+            "set one and give the other as null"
+        )
+    if not 0 < data.holdout < 1:
+        raise ValueError(
+            f"config: expected 0 < data.holdout < 1, got {data.holdout}; set data.holdout=0.3"
+        )
+    low, high = data.short_side
+    if not data.size <= low <= high:
+        raise ValueError(
+            f"config: expected data.size <= data.short_side[0] <= data.short_side[1], got "
+            f"{data.size}, {low}, {high}; enlarge data.short_side"
+        )
+    if data.kind == "folder" and data.root is None:
+        raise ValueError(
+            "config: expected data.root to name the folder of the videos, got nothing; "
+            "add data.root=DIR"
+        )
+    if optim.nesterov and optim.name == "sgd" and optim.momentum == 0:
+        raise ValueError(
+            "config: expected optim.momentum > 0 with optim.nesterov, got 0; "
+            "set optim.nesterov=false"
+        )
+    for variant in compare.variants:
+        if variant not in VARIANTS:
+            hint = suggestion(variant, VARIANTS, otherwise="choose some of them")
+            raise ValueError(
+                f"config: expected compare.variants from {', '.join(VARIANTS)}, got {variant!r}; "
+                f"{hint}"
+            )
+    for key, values in (("variants", compare.variants), ("seeds", compare.seeds)):
+        if not values or len(set(values)) != len(values):
+            raise ValueError(
+                f"config: expected compare.{key} without repetition and not empty, got "
+                f"{list(values)}; list each once"
+            )

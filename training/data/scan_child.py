@@ -1,0 +1,79 @@
+"""The process that decodes for `scan.scan_videos`; it must not import torch.
+
+Its arguments are the reader class as ``module:Class`` and the seconds one video may take. Requests
+come as JSON lines on standard input, answers go to standard output as JSON lines, each followed by
+as many raw bytes as it announces. The process ends when its input does.
+"""
+
+import importlib
+import json
+import os
+import signal
+import sys
+from contextlib import closing
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from .reader import VideoReadError
+
+# Starting up: importing a decoder from a slow disk.
+_START_S = 60.0
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    reader_name, timeout_s = sys.argv[1], float(sys.argv[2])
+    # Decoders print; what they print must not get between the answers.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    # The system itself ends a process whose time is up, even one that spins inside a decoder with
+    # the interpreter's lock held, and even if the program that started it is gone.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    signal.setitimer(signal.ITIMER_REAL, _START_S)
+    module, _, name = reader_name.partition(":")
+    reader = getattr(importlib.import_module(module), name)
+    _answer(answers, {"ready": True})
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, timeout_s)
+        answer, pixels = _decode(reader, request["path"], request["max_bytes"])
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _answer(answers, answer, pixels)
+
+
+def _decode(
+    reader: Any, path: str, max_bytes: int | None
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """Decode three frames, or all of them if a limit is given; answer and pixels to send."""
+    try:
+        with closing(reader.open(path)) as video:
+            frames = getattr(video, "frames_array", video.frames)
+            length = len(video)
+            if max_bytes is None:
+                # From first to last in one call: where a wrong length in the container shows.
+                frames(sorted({0, length // 2, length - 1}))
+                return {"num_frames": length}, None
+            first = np.asarray(frames([0]))
+            needed = length * first.nbytes
+            answer = {"num_frames": length, "shape": list(first.shape[1:]), "needed": needed}
+            if needed > max_bytes:
+                return answer, None
+            pixels = np.ascontiguousarray(frames(range(length)))
+            return answer | {"bytes": pixels.nbytes}, pixels
+    except VideoReadError as error:
+        return {"error": error.reason}, None
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}, None
+
+
+def _answer(answers: BinaryIO, answer: dict[str, Any], pixels: np.ndarray | None = None) -> None:
+    answers.write(json.dumps(answer).encode() + b"\n")
+    if pixels is not None:
+        answers.write(pixels.data)
+    answers.flush()
+
+
+if __name__ == "__main__":
+    main()

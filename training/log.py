@@ -1,0 +1,98 @@
+"""The run's two logs: every event as a JSON line in a file, now and then one readable line."""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from .engine import StepRecord
+
+
+class RunLog:
+    """Log of one training.
+
+    Every step becomes a JSON line with the fields of ``StepRecord`` and ``"event": "step"``; other
+    events are written by ``event``. The readable line is rewritten in place on a terminal and
+    printed anew elsewhere.
+
+    Args:
+        path: The JSONL file; an old one is replaced.
+        steps: Length of the training, for the remaining time.
+        name: Starts every readable line.
+        every: Steps between two readable lines.
+        start: Steps that were already taken.
+        stream: Where readable lines go; standard output if unset.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        steps: int,
+        name: str,
+        every: int,
+        start: int = 0,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._file = path.open("w", encoding="utf-8")
+        self._stream = sys.stdout if stream is None else stream
+        self._steps, self._start, self._name, self._every = steps, start, name, every
+        self._begun = time.perf_counter()
+        self._window: list[StepRecord] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self.event("stopped", reason=str(error))
+            if self._stream.isatty():
+                print(file=self._stream)
+        self._file.close()
+
+    def step(self, record: StepRecord) -> None:
+        """Log a training step."""
+        self.event("step", **dataclasses.asdict(record))
+        self._window.append(record)
+        if record.step % self._every == 0 or record.step == self._steps:
+            self._progress(record)
+            self._window.clear()
+
+    def event(self, event: str, **values: Any) -> None:
+        """Log anything else; ``values`` must be plain and finite."""
+        line = json.dumps({"event": event, **values}, allow_nan=False)
+        self._file.write(line + "\n")
+        # A killed run leaves complete lines.
+        self._file.flush()
+
+    def _progress(self, record: StepRecord) -> None:
+        count = len(self._window)
+        loss = sum(one.loss for one in self._window) / count
+        accuracy = sum(one.accuracy for one in self._window) / count
+        rate = (record.step - self._start) / (time.perf_counter() - self._begun)
+        remaining_s = (self._steps - record.step) / rate
+        width = len(str(self._steps))
+        line = (
+            f"{self._name:<12} step {record.step:>{width}}/{self._steps}  loss {loss:.4f}  "
+            f"accuracy {accuracy:6.1%}  {rate:5.1f} steps/s  {_duration(remaining_s)} left"
+        )
+        last = record.step == self._steps
+        if self._stream.isatty():
+            # Carriage return, then "erase to the end of the line".
+            print(f"\r{line}\x1b[K", end="\n" if last else "", file=self._stream, flush=True)
+        else:
+            print(line, file=self._stream, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,228 @@
+"""What a network costs: parameters, FLOPs, times of a training step, memory of a training step.
+
+Times are taken in interleaved rounds, every variant once per round, so that a slow minute of the
+machine meets all of them. Memory is the peak of live tensor bytes above the level before the step
+(weights and optimiser state are there before); on GPUs also the device allocator's peak, on Linux
+also the growth of the resident set as a cross-check that needs no cooperation of the allocator.
+"""
+
+import ctypes
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nlkernels import NonLocalBlock3d, explain
+from nlkernels._memory import MIB, PeakMemory
+
+from .config import OptimConfig, ProfileConfig
+from .engine import Stopwatch, make_optimiser, train_step
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Distribution of a time over the rounds, in milliseconds."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one variant costs at the measured clip shape."""
+
+    parameters: int
+    """Number of trainable values."""
+    flops: int
+    """Floating-point operations of the forward pass of one clip; a multiply-add counts as two."""
+    forward_ms: Quantiles
+    """Forward pass and loss of a batch."""
+    backward_ms: Quantiles
+    """Backward pass of a batch."""
+    optimiser_ms: Quantiles
+    """Update of the parameters."""
+    step_ms: Quantiles
+    """Sum of the three, step by step."""
+    clips_per_s: float
+    """Batch divided by the median step time."""
+    memory_mib: float
+    """Peak of live tensor bytes of a training step above the level before it."""
+    device_mib: float | None
+    """The same by the GPU allocator's own peak; None on CPU."""
+    resident_mib: float | None
+    """Growth of the process's peak resident set in the same step; None where it cannot be read."""
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable values of a model."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def count_flops(model: nn.Module, clip: Tensor) -> int:
+    """Floating-point operations of one forward pass; a multiply-add counts as two."""
+    training = model.training
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(clip)
+    model.train(training)
+    return counter.get_total_flops()
+
+
+def measure(
+    models: Mapping[str, nn.Module],
+    profile: ProfileConfig,
+    optim: OptimConfig,
+    *,
+    num_classes: int,
+    device: torch.device,
+) -> dict[str, Cost]:
+    """Measure every model on the same random clips.
+
+    Args:
+        models: Name -> network on ``device``; their weights are changed.
+        profile: Clip shape and number of rounds.
+        optim: Which optimiser updates the parameters; its rate is set to zero.
+        num_classes: Number of classes.
+        device: Where the models are.
+
+    Returns:
+        Name -> cost.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (profile.batch, 3, profile.frames, profile.size, profile.size)
+    clips = torch.randn(shape, generator=generator).to(device)
+    labels = torch.randint(num_classes, (profile.batch,), generator=generator).to(device)
+    optimisers = {name: make_optimiser(model, optim) for name, model in models.items()}
+    for optimiser in optimisers.values():
+        for group in optimiser.param_groups:
+            group["lr"] = 0.0
+
+    def step(name: str) -> dict[str, float]:
+        watch.lap_ms()
+        return train_step(
+            models[name], clips, labels, optimisers[name], watch, where=f"profile of {name}"
+        )
+
+    watch = Stopwatch(device)
+    for model in models.values():
+        model.train()
+    laps: dict[str, list[dict[str, float]]] = {name: [] for name in models}
+    for round_number in range(profile.rounds + 1):
+        for name in models:
+            result = step(name)
+            # The first round warms up caches, optimiser state and one-off choices.
+            if round_number > 0:
+                laps[name].append(result)
+
+    costs = {}
+    for name, model in models.items():
+        optimisers[name].zero_grad(set_to_none=True)
+        with PeakMemory(device) as peak:
+            step(name)
+        optimisers[name].zero_grad(set_to_none=True)
+        resident_mib = _resident_growth_mib(lambda name=name: step(name))
+        optimisers[name].zero_grad(set_to_none=True)
+        times = {
+            part: [lap[part] for lap in laps[name]]
+            for part in ("forward_ms", "backward_ms", "optimiser_ms")
+        }
+        times["step_ms"] = [sum(parts) for parts in zip(*times.values(), strict=True)]
+        quantiles = {part: _quantiles(values) for part, values in times.items()}
+        costs[name] = Cost(
+            parameters=count_parameters(model),
+            flops=count_flops(model, clips[:1]),
+            clips_per_s=1e3 * profile.batch / quantiles["step_ms"].p50,
+            memory_mib=peak.live_mib,
+            device_mib=peak.device_mib,
+            resident_mib=resident_mib,
+            **quantiles,
+        )
+    return costs
+
+
+def attention_sizes(model: nn.Module, *, frames: int, size: int) -> list[dict[str, int | str]]:
+    """Query and key positions of one attention of every non-local block.
+
+    Args:
+        model: Any network; with ``temporal_group`` one group is counted.
+        frames: Frames of the clip.
+        size: Height and width of the clip.
+
+    Returns:
+        ``block`` (name), ``n``, ``m`` and ``backend`` (which one serves a training step of one such
+        clip) of every block, in the order of the forward pass.
+    """
+    sizes: list[dict[str, int | str]] = []
+    names = {module: name for name, module in model.named_modules()}
+
+    def record(block: NonLocalBlock3d, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        grouped = x.shape[2] if block.temporal_group is None else block.temporal_group
+        positions = (min(grouped, x.shape[2]), *x.shape[3:])
+        pool = (1, 1, 1) if block.pool_size is None else block.pool_size
+        n = math.prod(positions)
+        m = math.prod(size // by for size, by in zip(positions, pool, strict=True))
+        backend = _backend(block, x, n, m)
+        sizes.append({"block": names[block], "n": n, "m": m, "backend": backend})
+
+    handles = [
+        module.register_forward_pre_hook(record)
+        for module in model.modules()
+        if isinstance(module, NonLocalBlock3d)
+    ]
+    training = model.training
+    model.eval()
+    clip = torch.zeros(1, 3, frames, size, size, device=next(model.parameters()).device)
+    try:
+        with torch.no_grad():
+            model(clip)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    return sizes
+
+
+def _backend(block: NonLocalBlock3d, x: Tensor, n: int, m: int) -> str:
+    width = block.dim if block.kind == "gaussian" else block.inner
+    operands = [
+        torch.empty(x.shape[0], rows, columns, dtype=x.dtype, device=x.device, requires_grad=True)
+        for rows, columns in ((n, width), (m, width), (m, block.inner))
+    ]
+    backend = "auto" if block.backend is None else block.backend
+    with torch.enable_grad():
+        return explain("nonlocal_attention", *operands, kind=block.kind, backend=backend).backend
+
+
+def _quantiles(values: list[float]) -> Quantiles:
+    points = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    )
+    return Quantiles(*points.tolist())
+
+
+def _resident_growth_mib(step) -> float | None:
+    """Growth of the peak resident set during ``step``, by the kernel's own high-water mark."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        # Freed heap pages count as resident until they are given back.
+        ctypes.CDLL(None).malloc_trim(0)
+        # 5 resets the high-water mark to the present size.
+        reset.write_text("5")
+        before = _status_mib(status, "VmRSS")
+        step()
+        return _status_mib(status, "VmHWM") - before
+    except (OSError, AttributeError):
+        return None
+
+
+def _status_mib(status: Path, field: str) -> float:
+    for line in status.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024 / MIB
+    raise OSError(f"no {field} in {status}")

@@ -1,0 +1,320 @@
+"""Reports of a run: ``report.json`` for programs, ``report.md`` and a terminal table for people.
+
+Every field of ``report.json`` is documented in ``report_schema.py``.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nlkernels
+
+from .config import Config
+from .loading import Data
+from .measure import Cost
+
+FORMAT = 1
+
+
+def head(
+    kind: str,
+    *,
+    out: Path,
+    command: str,
+    seconds: float,
+    device: torch.device,
+    config: Mapping[str, Any],
+    data: Mapping[str, Any],
+    training: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The part that every ``report.json`` starts with."""
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "name": out.name,
+        "command": command,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seconds": round(seconds, 1),
+        "environment": environment(device),
+        "config": dict(config),
+        "data": dict(data),
+        "training": dict(training),
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where a report was measured."""
+    return {
+        "device": str(device),
+        "device_name": _device_name(device),
+        "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "nlkernels": nlkernels.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def data_section(config: Config, data: Data) -> dict[str, Any]:
+    """What ``report.json`` says about the clips."""
+    return {
+        "kind": config.data.kind,
+        "classes": data.classes,
+        "train_clips": len(data.train),
+        "test_clips": len(data.test),
+        "protocol": data.protocol,
+        "problems": data.problems,
+    }
+
+
+def training_section(
+    config: Config, steps: int, attention: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What ``report.json`` says about the trainings as such."""
+    return {
+        "steps": steps,
+        "batch": config.optim.batch,
+        "frames": config.data.frames,
+        "size": config.data.size,
+        "attention": list(attention),
+    }
+
+
+def plain(cost: Cost) -> dict[str, Any]:
+    """A cost as nested plain values; times to a microsecond, memory to a KiB."""
+
+    def shorten(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: shorten(inner) for name, inner in value.items()}
+        return round(value, 3) if isinstance(value, float) else value
+
+    return shorten(dataclasses.asdict(cost))
+
+
+def write_json(report: Mapping[str, Any], path: Path) -> None:
+    """Write a report, replacing the file in one go."""
+    _replace(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def write_markdown(text: str, path: Path) -> Path:
+    """Write a report, replacing the file in one go; returns its path."""
+    _replace(path, text)
+    return path
+
+
+def data_lines(data: Data) -> list[str]:
+    """The clips of a run for the terminal; videos that could not be used are counted and listed."""
+    lines = [
+        f"{len(data.classes)} classes ({', '.join(data.classes)}), {len(data.train)} training and "
+        f"{len(data.test)} test clips"
+    ]
+    return lines + problem_lines(data.problems)
+
+
+def problem_lines(problems: Sequence[Mapping[str, str]]) -> list[str]:
+    """Unusable videos, counted and listed; empty if there are none."""
+    if not problems:
+        return []
+    count = "1 video" if len(problems) == 1 else f"{len(problems)} videos"
+    return [f"{count} could not be used:"] + [
+        f"- {one['path']}: {one['reason']}" for one in problems
+    ]
+
+
+def attention_line(sizes: Sequence[Mapping[str, Any]]) -> str:
+    """Names and N x M of the blocks in one line."""
+    if not sizes:
+        return "no non-local blocks"
+    return "N x M of the blocks: " + ", ".join(
+        f"{one['block']} {one['n']} x {one['m']} ({one['backend']})" for one in sizes
+    )
+
+
+def comparison_text(report: Mapping[str, Any]) -> str:
+    """Summary of a comparison for the terminal."""
+    rows = comparison_rows(report)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells))
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([*lines, *_notes(report)])
+
+
+def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """Header and rows of the summary of a comparison; overheads in parentheses."""
+
+    def percent(overhead: float | None) -> str:
+        return "" if overhead is None or overhead == 0 else f" ({overhead:+.1f}%)"
+
+    rows = [["variant", "parameters", "GFLOP/clip", "ms/step", "clips/s", "MiB", "accuracy"]]
+    for one in report["variants"]:
+        over = one["overhead_percent"]
+        rows.append(
+            [
+                one["name"],
+                f"{one['parameters']:,}{percent(over['parameters'])}",
+                f"{one['flops'] / 1e9:.3f}{percent(over['flops'])}",
+                f"{one['step_ms']['p50']:.1f}{percent(over['step_ms'])}",
+                f"{one['clips_per_s']:.2f}",
+                f"{one['memory_mib']:.1f}{percent(over['memory_mib'])}",
+                f"{one['accuracy']:.1%}",
+            ]
+        )
+    return rows
+
+
+def comparison_markdown(report: Mapping[str, Any], plots: Sequence[Path]) -> str:
+    """``report.md`` of a comparison."""
+    costs = report["profile"]
+    parts = [
+        f"# Comparison {report['name']}",
+        _markdown_table(comparison_rows(report)),
+        "\n".join(f"- {line}" for line in _notes(report)),
+        "\n".join(
+            [f"- `{one['name']}`: {one['description']}" for one in report["variants"]],
+        ),
+        f"## Cost of a training step (batch {costs['batch']}, median of {costs['rounds']} rounds)",
+        _markdown_table(_cost_rows(report)),
+        "Times are 20% / 50% / 80% quantiles in ms. Memory is the peak above the level before the "
+        "step: live tensor bytes counted exactly, the GPU allocator's peak, and the growth of the "
+        "resident set as a cross-check.",
+        "## Trainings",
+        _markdown_table(_training_rows(report)),
+        *(f"![{path.stem}]({path.name})" for path in plots),
+        _problems(report),
+        _origin(report),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def training_markdown(report: Mapping[str, Any]) -> str:
+    """``report.md`` of a single training."""
+    result = report["result"]
+    rows = [
+        ["", "test accuracy"],
+        [report["config"]["model"]["name"], f"{result['accuracy']:.1%}"],
+    ]
+    colour = result["mean_colour_accuracy"]
+    if colour is not None:
+        rows.append(["mean-colour classifier", f"{colour:.1%}"])
+    training = report["training"]
+    parts = [
+        f"# Training {report['name']}",
+        _markdown_table(rows),
+        f"{result['parameters']:,} parameters, {training['steps']} steps of {training['batch']} "
+        f"clips in {result['train_s']} s; last training loss {result['train_loss']:.4f}, test loss "
+        f"{result['test_loss']:.4f}. Test: {report['data']['protocol']}. "
+        f"{attention_line(training['attention']).capitalize()}.",
+        ""
+        if colour is None
+        else "The mean-colour classifier sees only each clip's mean colour: where it does well, "
+        "the accuracy above checks the pipeline and is no evidence for the blocks.",
+        _problems(report),
+        _origin(report),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _notes(report: Mapping[str, Any]) -> list[str]:
+    """What the numbers of the summary mean."""
+    profile, training = report["profile"], report["training"]
+    shape = f"{profile['frames']} x {profile['size']} x {profile['size']}"
+    clip = f"{training['frames']} x {training['size']} x {training['size']}"
+    seeds = [run["seed"] for run in report["variants"][0]["runs"]]
+    seed_text = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean of seeds {seeds}"
+    notes = [
+        f"cost: batch {profile['batch']} of {shape}; {attention_line(profile['attention'])}",
+        f"accuracy: {training['steps']} steps of {training['batch']} clips of {clip}, {seed_text}; "
+        f"{attention_line(training['attention'])}; test {report['data']['protocol']}",
+    ]
+    if any(one["overhead_percent"]["parameters"] is not None for one in report["variants"]):
+        notes.append("percentages: against none")
+    notes += [
+        f"naive against fast, first {one['steps']} steps of seed {one['seed']}: losses differ by "
+        f"at most {one['loss_difference']:.1e}"
+        for one in report["agreement"]
+    ]
+    where = report["environment"]
+    notes.append(
+        f"{where['device_name']}, {where['device']}, {where['dtype']}, {where['threads']} threads, "
+        f"torch {where['torch']}"
+    )
+    return notes
+
+
+def _cost_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    def times(quantiles: Mapping[str, float]) -> str:
+        return " / ".join(f"{quantiles[name]:.1f}" for name in ("p20", "p50", "p80"))
+
+    def mib(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1f}"
+
+    rows = [
+        ["variant", "forward", "backward", "optimiser", "step", "live MiB", "GPU MiB", "RSS MiB"]
+    ]
+    for one in report["variants"]:
+        parts = ("forward_ms", "backward_ms", "optimiser_ms", "step_ms")
+        memory = ("memory_mib", "device_mib", "resident_mib")
+        rows.append([one["name"], *(times(one[p]) for p in parts), *(mib(one[m]) for m in memory)])
+    return rows
+
+
+def _training_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["variant", "seed", "test accuracy", "test loss", "last training loss", "seconds"]]
+    for one in report["variants"]:
+        for run in one["runs"]:
+            numbers = [f"{run['accuracy']:.1%}", f"{run['test_loss']:.4f}"]
+            numbers += [f"{run['train_loss']:.4f}", f"{run['train_s']:.0f}"]
+            rows.append([one["name"], str(run["seed"]), *numbers])
+    return rows
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
+    return "\n".join(lines)
+
+
+def _problems(report: Mapping[str, Any]) -> str:
+    lines = problem_lines(report["data"]["problems"])
+    return "\n".join(["## Videos", *lines]) if lines else ""
+
+
+def _origin(report: Mapping[str, Any]) -> str:
+    where = report["environment"]
+    return (
+        f"`{report['command']}`, {report['created']}, {report['seconds']} s in all; "
+        f"{where['device_name']} ({where['device']}), {where['dtype']}, "
+        f"{where['threads']} threads, torch {where['torch']}, Python {where['python']}, "
+        f"nlkernels {where['nlkernels']}, {where['platform']}. "
+        "All numbers: `report.json`; resolved configuration: `config.json`."
+    )
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

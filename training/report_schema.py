@@ -1,0 +1,121 @@
+"""Every field of the two kinds of ``report.json``, with its meaning; a check that they agree.
+
+``[]`` marks a list of objects. ``COMPARISON`` is written by ``nlk compare``, ``TRAINING`` by
+``nlk train``. Overheads are in percent of the variant ``none`` and null where it is not compared.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+_HEAD = {
+    "format": "version of this schema, now 1",
+    "kind": "comparison or training",
+    "name": "name of the run folder",
+    "command": "command line that produced the report",
+    "created": "local time, ISO 8601",
+    "seconds": "wall-clock duration of the command",
+    "environment.device": "torch name of the device",
+    "environment.device_name": "model of the processor or GPU",
+    "environment.dtype": "dtype of parameters and clips",
+    "environment.threads": "CPU threads of torch",
+    "environment.torch": "version of torch",
+    "environment.python": "version of Python",
+    "environment.nlkernels": "version of this package",
+    "environment.platform": "operating system and machine",
+    "config": "resolved configuration, see training/config.py",
+    "data.kind": "synthetic or folder",
+    "data.classes": "names of the classes",
+    "data.train_clips": "clips of one pass over the training data",
+    "data.test_clips": "clips of one test",
+    "data.protocol": "how test clips are taken; belongs to every accuracy",
+    "data.problems[].path": "video that could not be used",
+    "data.problems[].reason": "why",
+    "training.steps": "length of every training",
+    "training.batch": "clips per step",
+    "training.frames": "frames of a training clip",
+    "training.size": "height and width of a training clip in pixels",
+    "training.attention[].block": "name of the block in the model",
+    "training.attention[].n": "query positions at the training clip",
+    "training.attention[].m": "key positions at the training clip",
+    "training.attention[].backend": "backend that serves the block of the variant fast",
+}
+COMPARISON = _HEAD | {
+    "profile.batch": "clips per measured step",
+    "profile.frames": "frames of a measured clip",
+    "profile.size": "height and width of a measured clip in pixels",
+    "profile.rounds": "measured steps of every variant",
+    "profile.attention[].block": "name of the block in the model",
+    "profile.attention[].n": "query positions at the measured clip",
+    "profile.attention[].m": "key positions at the measured clip",
+    "profile.attention[].backend": "backend that serves the block of the variant fast",
+    "agreement[].seed": "seed of a pair of naive and fast trainings",
+    "agreement[].steps": "first steps that are compared",
+    "agreement[].loss_difference": "largest |loss naive - loss fast| over them",
+    "variants[].name": "none, naive, fast, local or frame",
+    "variants[].description": "what the name means",
+    "variants[].parameters": "trainable values",
+    "variants[].flops": "forward FLOPs of one measured clip, a multiply-add counts as two",
+    "variants[].forward_ms.p20": "forward pass and loss of a measured batch, 20% quantile",
+    "variants[].forward_ms.p50": "median",
+    "variants[].forward_ms.p80": "80% quantile",
+    "variants[].backward_ms.p20": "backward pass",
+    "variants[].backward_ms.p50": "median",
+    "variants[].backward_ms.p80": "80% quantile",
+    "variants[].optimiser_ms.p20": "update of the parameters",
+    "variants[].optimiser_ms.p50": "median",
+    "variants[].optimiser_ms.p80": "80% quantile",
+    "variants[].step_ms.p20": "sum of the three, step by step",
+    "variants[].step_ms.p50": "median",
+    "variants[].step_ms.p80": "80% quantile",
+    "variants[].clips_per_s": "measured batch divided by the median step time",
+    "variants[].memory_mib": "peak of live tensor bytes of a step above the level before it",
+    "variants[].device_mib": "the same by the GPU allocator; null on CPU",
+    "variants[].resident_mib": "growth of the peak resident set in a step; null where unreadable",
+    "variants[].overhead_percent.parameters": "against none; null without it",
+    "variants[].overhead_percent.flops": "against none; null without it",
+    "variants[].overhead_percent.step_ms": "medians, against none; null without it",
+    "variants[].overhead_percent.memory_mib": "against none; null without it",
+    "variants[].accuracy": "test accuracy between 0 and 1, mean over the seeds",
+    "variants[].runs[].seed": "seed of initial weights and data order",
+    "variants[].runs[].accuracy": "test accuracy after this training",
+    "variants[].runs[].test_loss": "test cross-entropy after this training",
+    "variants[].runs[].train_loss": "training loss, mean of the last 20 steps",
+    "variants[].runs[].train_s": "wall-clock duration of this training",
+}
+TRAINING = _HEAD | {
+    "result.parameters": "trainable values",
+    "result.accuracy": "test accuracy between 0 and 1",
+    "result.test_loss": "test cross-entropy",
+    "result.train_loss": "training loss, mean of the last 20 steps",
+    "result.train_s": "wall-clock duration of the training",
+    "result.mean_colour_accuracy": "accuracy from each clip's mean colour alone; null if not asked",
+}
+
+
+def check_schema(report: Mapping[str, Any], schema: Mapping[str, str]) -> None:
+    """Raise ValueError unless a report has exactly the fields of a schema.
+
+    Empty lists hide the fields of their items; the resolved configuration is not looked into.
+    """
+    found = _fields(report)
+    empty = tuple(name for name in found if name.endswith("[]"))
+    missing = {name for name in schema if name not in found and not name.startswith(empty or "\0")}
+    unknown = found - set(schema) - set(empty)
+    if missing or unknown:
+        raise ValueError(
+            f"report: expected the fields of the schema, got missing {sorted(missing)} and "
+            f"unknown {sorted(unknown)}; keep the schema and the report in step"
+        )
+
+
+def _fields(value: Any, prefix: str = "") -> set[str]:
+    if isinstance(value, Mapping) and prefix != "config":
+        dot = f"{prefix}." if prefix else ""
+        return set().union(*(_fields(inner, f"{dot}{name}") for name, inner in value.items()))
+    if isinstance(value, list) and (not value or isinstance(value[0], Mapping)):
+        return (
+            {f"{prefix}[]"}
+            if not value
+            else set().union(*(_fields(v, f"{prefix}[]") for v in value))
+        )
+    return {prefix}
