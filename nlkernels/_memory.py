@@ -6,6 +6,7 @@ does not pass through that allocator; the resident set is the cross-check for it
 """
 
 import gc
+import os
 
 import torch
 
@@ -35,6 +36,8 @@ class PeakMemory:
 
     def __enter__(self) -> "PeakMemory":
         gc.collect()
+        # torch's profiler announces every start and stop on stderr below this level of its own.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -27,9 +27,7 @@ class Problem(NamedTuple):
         unit = all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in (query, key, value))
         batch, queries, depth = query.shape
         _, keys, value_depth = value.shape
-        return cls(
-            batch, queries, keys, depth, value_depth, query.dtype, query.device.type, unit
-        )
+        return cls(batch, queries, keys, depth, value_depth, query.dtype, query.device.type, unit)
 
     @property
     def dtype_name(self) -> str:

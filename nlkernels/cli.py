@@ -72,7 +72,7 @@ def _train(arguments: argparse.Namespace, command: str) -> int:
     from nlkernels.training.config_file import load_config
     from nlkernels.training.train import train_from_config
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, command=arguments.command)
     print(f"report: {train_from_config(config, command=command)}")
     return 0
 
@@ -82,7 +82,7 @@ def _compare(arguments: argparse.Namespace, command: str) -> int:
     from nlkernels.training.compare import compare_from_config
     from nlkernels.training.config_file import load_config
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, command=arguments.command)
     print(f"report: {compare_from_config(config, command=command)}")
     return 0
 

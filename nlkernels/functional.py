@@ -45,7 +45,7 @@ def nonlocal_attention(
         scale: factor of every query.key; None means D**-0.5 for softmax and 1 otherwise.
         backend: "auto" (the environment variable NLKERNELS_BACKEND when set, else the fastest
             measured), "reference" (plain autograd, materialises the scores), "chunked" or "sdpa".
-        workspace_mib: MiB for the tiles of the backend chunked; None is 12 on CPUs and 40 on GPUs,
+        workspace_mib: MiB for the tiles of the backend chunked; None is 10 on CPUs and 40 on GPUs,
             0 the least, 16 rows of scores.
 
     Returns:

@@ -198,9 +198,7 @@ class NonLocalBlock3d(nn.Module):
                 f"NonLocalBlock3d: expected (B, {self.dim}, T, H, W), got {describe(x)}; "
                 "the block is built for one number of channels, and a clip needs its own time axis"
             )
-        if self.pool_size and any(
-            n < p for n, p in zip(x.shape[2:], self.pool_size, strict=True)
-        ):
+        if self.pool_size and any(n < p for n, p in zip(x.shape[2:], self.pool_size, strict=True)):
             raise ValueError(
                 f"NonLocalBlock3d: expected a clip of at least {self.pool_size} to pool, got "
                 f"{tuple(x.shape[2:])}; use pool=None or larger clips"
@@ -227,7 +225,9 @@ class NonLocalBlock3d(nn.Module):
         where = "NonLocalBlock3d"
         for name, number in (("dim", dim), ("inner", inner)):
             if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{where}: expected {name} of 1 or more, got {number!r}; pass channels")
+                raise ValueError(
+                    f"{where}: expected {name} of 1 or more, got {number!r}; pass channels"
+                )
         check_choice(where, "kind", kind, KINDS)
         check_choice(where, "pool_order", pool_order, POOL_ORDERS)
         for name, value, choices in (

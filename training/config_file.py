@@ -36,17 +36,26 @@ _IGNORED_WHEN = (
     ("optim.gamma", "optim.schedule", lambda schedule: schedule != "step"),
 )
 
+# Keys, or beginnings of keys, that a command does not look at.
+_IGNORED_BY = {"train": ("compare",), "compare": ("run.seed", "run.colour_check")}
+
 
 class ConfigWarning(UserWarning):
     """A configured value has no effect."""
 
 
-def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    source: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    command: Literal["train", "compare"] | None = None,
+) -> Config:
     """Read a YAML file, apply overrides, check everything.
 
     Args:
         source: Path of a YAML file, or the bare name of a packaged one (``demo``).
         overrides: ``section.key=value`` texts; the value is read as YAML.
+        command: Who will use it; overrides that it does not look at are warned about.
 
     Returns:
         The complete configuration; ``run.out`` is set.
@@ -74,7 +83,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     if config.run.out is None:
         run = dataclasses.replace(config.run, out=str(Path("runs") / path.stem))
         config = dataclasses.replace(config, run=run)
-    _warn_ignored(config, origins)
+    _warn_ignored(config, origins, command)
     return config
 
 
@@ -259,12 +268,17 @@ def _source(key: str, origins: Mapping[str, str]) -> str:
     return f" in {origins[key]}" if key in origins else ""
 
 
-def _warn_ignored(config: Config, given: Mapping[str, str]) -> None:
+def _warn_ignored(config: Config, origins: Mapping[str, str], command: str | None) -> None:
+    reasons = {}
     for key, because, ignores in _IGNORED_WHEN:
         value = value_of(config, because)
-        if key in given and ignores(value):
-            warnings.warn(
-                f"config: {key} has no effect while {because} is {value}",
-                ConfigWarning,
-                stacklevel=3,
-            )
+        if key in origins and ignores(value):
+            reasons[key] = f"while {because} is {value}"
+    # A file may serve both commands; what is typed for one of them should count.
+    typed = [key for key, origin in origins.items() if origin == "the command line"]
+    for start in _IGNORED_BY.get(command, ()):
+        for key in typed:
+            if key == start or key.startswith(f"{start}."):
+                reasons[key] = f"in nlk {command}"
+    for key, reason in reasons.items():
+        warnings.warn(f"config: {key} has no effect {reason}", ConfigWarning, stacklevel=3)

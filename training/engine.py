@@ -6,7 +6,7 @@ updated from a loss or a gradient that is not finite: the run stops and names th
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -209,7 +209,7 @@ def _check_finite(what: str, value: float, where: str, numbers: Tensor | None) -
     )
 
 
-def _next_batch(iterator: Iterable) -> tuple[Tensor, Tensor, Tensor]:
+def _next_batch(iterator: Iterator) -> tuple[Tensor, Tensor, Tensor]:
     try:
         return next(iterator)
     except RuntimeError as error:

@@ -184,5 +184,7 @@ def _loader(
         num_workers=workers,
         # A hanging decoder is an error, not a hanging run.
         timeout=config.data.timeout_s if workers > 0 else 0,
+        # Its own: a loader that starts draws a seed, and dropout must not notice a resumed run.
+        generator=torch.Generator(),
         pin_memory=config.run.device != "cpu" and torch.cuda.is_available(),
     )

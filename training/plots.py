@@ -133,17 +133,9 @@ def _accuracy(path: Path, report: Mapping[str, Any]) -> Path:
         )
     chance = 100 / len(report["data"]["classes"])
     axes.axvline(chance, color="black", linestyle=":", linewidth=1)
-    axes.annotate(
-        "chance",
-        (chance, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(0, 3),
-        textcoords="offset points",
-        ha="center",
-        fontsize=8,
-    )
     seeds = len(variants[0]["runs"])
-    unit = "test accuracy in %" + ("" if seeds == 1 else f"; mean of {seeds} seeds, dots: each")
+    unit = "test accuracy in %, dotted line: chance"
+    unit += "" if seeds == 1 else f"; mean of {seeds} seeds, dots: each seed"
     axes.set_xlim(0, 112)
     axes.set_xticks(range(0, 101, 20))
     return _finish(figure, axes, path, f"Accuracy ({report['data']['protocol']})", unit, room=None)
@@ -216,7 +208,6 @@ def _finish(
 
 
 def _number(value: float) -> str:
-    """Three significant digits, without an exponent."""
-    if value >= 100:
-        return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    """Three significant digits, or all digits before the point, without an exponent."""
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:.{digits}f}"

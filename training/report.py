@@ -133,7 +133,7 @@ def attention_line(sizes: Sequence[Mapping[str, Any]]) -> str:
     """Names and N x M of the blocks in one line."""
     if not sizes:
         return "no non-local blocks"
-    return "N x M of the blocks: " + ", ".join(
+    return "blocks N x M " + ", ".join(
         f"{one['block']} {one['n']} x {one['m']} ({one['backend']})" for one in sizes
     )
 
@@ -181,9 +181,7 @@ def comparison_markdown(report: Mapping[str, Any], plots: Sequence[Path]) -> str
         f"# Comparison {report['name']}",
         _markdown_table(comparison_rows(report)),
         "\n".join(f"- {line}" for line in _notes(report)),
-        "\n".join(
-            [f"- `{one['name']}`: {one['description']}" for one in report["variants"]],
-        ),
+        "\n".join(f"- `{one['name']}`: {one['description']}" for one in report["variants"]),
         f"## Cost of a training step (batch {costs['batch']}, median of {costs['rounds']} rounds)",
         _markdown_table(_cost_rows(report)),
         "Times are 20% / 50% / 80% quantiles in ms. Memory is the peak above the level before the "
@@ -215,7 +213,7 @@ def training_markdown(report: Mapping[str, Any]) -> str:
         f"{result['parameters']:,} parameters, {training['steps']} steps of {training['batch']} "
         f"clips in {result['train_s']} s; last training loss {result['train_loss']:.4f}, test loss "
         f"{result['test_loss']:.4f}. Test: {report['data']['protocol']}. "
-        f"{attention_line(training['attention']).capitalize()}.",
+        f"Attention: {attention_line(training['attention'])}.",
         ""
         if colour is None
         else "The mean-colour classifier sees only each clip's mean colour: where it does well, "
@@ -232,7 +230,8 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
     shape = f"{profile['frames']} x {profile['size']} x {profile['size']}"
     clip = f"{training['frames']} x {training['size']} x {training['size']}"
     seeds = [run["seed"] for run in report["variants"][0]["runs"]]
-    seed_text = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean of seeds {seeds}"
+    numbers = ", ".join(map(str, seeds))
+    seed_text = f"seed {numbers}" if len(seeds) == 1 else f"mean of seeds {numbers}"
     notes = [
         f"cost: batch {profile['batch']} of {shape}; {attention_line(profile['attention'])}",
         f"accuracy: {training['steps']} steps of {training['batch']} clips of {clip}, {seed_text}; "
@@ -288,7 +287,7 @@ def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 def _problems(report: Mapping[str, Any]) -> str:
     lines = problem_lines(report["data"]["problems"])
-    return "\n".join(["## Videos", *lines]) if lines else ""
+    return "\n".join(["## Videos\n", f"{lines[0]}\n", *lines[1:]]) if lines else ""
 
 
 def _origin(report: Mapping[str, Any]) -> str:

@@ -4,16 +4,14 @@ import math
 
 import pytest
 import torch
-from tests.helpers import KINDS, SERVED, SHORT, Case, assert_not_worse, operands, results
 
 from nlkernels import nonlocal_attention
 from nlkernels.ops._tiles import tiles
+from tests.helpers import KINDS, SERVED, SHORT, Case, assert_not_worse, operands, results
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-pairs = pytest.mark.parametrize(
-    ("kind", "backend"), SERVED, ids=[f"{k}-{b}" for k, b in SERVED]
-)
+pairs = pytest.mark.parametrize(("kind", "backend"), SERVED, ids=[f"{k}-{b}" for k, b in SERVED])
 dtypes = pytest.mark.parametrize("dtype", list(SHORT), ids=list(SHORT.values()))
 
 CASES = [
@@ -74,7 +72,14 @@ def test_tiling_changes_nothing_but_rounding(kind, backend, workspace_mib, devic
 
 @pytest.mark.parametrize(
     ("batch", "rows", "columns", "scores"),
-    [(1, 1, 1, 0), (7, 100, 3, 650), (3, 1000, 10, 2000), (2, 17, 5, 0), (0, 4, 4, 9), (4, 0, 4, 9)],
+    [
+        (1, 1, 1, 0),
+        (7, 100, 3, 650),
+        (3, 1000, 10, 2000),
+        (2, 17, 5, 0),
+        (0, 4, 4, 9),
+        (4, 0, 4, 9),
+    ],
 )
 def test_tiles_cover_every_row_once_within_the_budget(batch, rows, columns, scores):
     seen = torch.zeros(batch, rows, dtype=torch.int)

@@ -301,6 +301,24 @@ def test_a_value_without_effect_warns(file, overrides):
         load_config(file, overrides)
 
 
+@pytest.mark.parametrize(
+    ("command", "override"),
+    [
+        ("train", "compare.seeds=[1]"),
+        ("compare", "run.seed=3"),
+        ("compare", "run.colour_check=true"),
+    ],
+)
+def test_an_override_that_the_command_does_not_look_at_warns(file, command, override):
+    key = override.partition("=")[0]
+    with pytest.warns(ConfigWarning, match=f"{key} has no effect in nlk {command}"):
+        load_config(file, [override], command=command)
+    other = "compare" if command == "train" else "train"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConfigWarning)
+        load_config(file, [override], command=other)
+
+
 def test_every_key_has_a_docstring_and_a_default_of_its_type():
     tree = ast.parse(Path(config_module.__file__).read_text())
     for node in (n for n in tree.body if isinstance(n, ast.ClassDef)):

@@ -29,7 +29,7 @@ SHAPES = ("disk", "cross", "ring", "triangle")
 # For a picture of 48 pixels; other sizes scale them. Objects are as large as two of them fit side
 # by side; smaller ones (110 to 170 pixels) or squares beside disks are learned more slowly.
 _AREA = (140.0, 210.0)
-_MARGIN_X, _MARGIN_Y = 11.5, 13.0
+_MARGIN_X, _MARGIN_Y = 11.5, 14.5
 _COLOUR = (110.0, 255.0)
 _BACKGROUND = (15.0, 45.0)
 _TEXTURE, _NOISE = 8.0, 4.0

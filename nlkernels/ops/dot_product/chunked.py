@@ -10,8 +10,9 @@ products are summed in float32 and rounded, as those of every other matrix produ
 
 Memory beyond inputs and outputs, E bytes an element:
   linear    : D V E (forward), 2 D V E (backward) for each batch item;
-  quadratic : tile of scores x E, two tiles in the backward, at most `workspace_mib` (12 on CPUs, 40
-              on GPUs) or 16 rows; in 16-bit dtypes + 6 M (D + V) for the sums of one batch item;
+  quadratic : tile of scores x E, two tiles in the backward, at most `workspace_mib` (10 on CPUs, 40
+              on GPUs) or 16 rows; in 16-bit dtypes + 4 M (D + V) + 2 M max(D, V) for the sums of
+              one batch item;
   float16   : computed in float32, + 4 bytes for each element of the operands and results.
 """
 
@@ -97,7 +98,8 @@ def backward(
         torch.bmm(key, d_state, out=d_value)
         return d_query, d_key, d_value
     scores, d_scores = Buffer(dtype, query.device), Buffer(dtype, query.device)
-    key_sum, value_sum = ProductSum(dtype, query.device), ProductSum(dtype, query.device)
+    term = Buffer(dtype, query.device)
+    key_sum, value_sum = (ProductSum(dtype, query.device, term) for _ in range(2))
     for items, part in _tiles(query, value, 2, workspace_mib):
         q, g = query[items, part], grad[items, part]
         shape = (*q.shape[:2], keys)

@@ -12,14 +12,15 @@ Only query, key, value, out and lse are kept in between; other backends need the
 `lse` is in base 2: exp2 takes a quarter of exp's time in torch's float32 CPU kernels.
 
 Memory beyond inputs and outputs, E bytes an element and A = max(E, 4):
-  tile      : scores x (A + E), twice that in the backward; A for A + E when A = E. At most
-              `workspace_mib` (12 on CPUs, 40 on GPUs), or 16 rows if those are larger;
-  backward  : in 16-bit dtypes + 6 M (D + V) for one batch item's float32 sums, unless the item
-              is one tile;
+  tile      : forward A + E bytes a score, backward 2 A + E, less E where A = E; in all at most
+              `workspace_mib` (10 on CPUs, 40 on GPUs), or 16 rows where those take more;
+  backward  : in 16-bit dtypes + 4 M (D + V) + 2 M max(D, V) for the float32 sums of one batch item,
+              unless the item is one tile;
   float16   : computed in float32, + 4 bytes for each element of the operands and results.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -51,11 +52,11 @@ def forward(
     batch, rows, _ = query.shape
     out = value.new_empty(batch, rows, value.shape[2])
     lse = query.new_empty(batch, rows, dtype=accumulator_dtype(dtype))
-    scores = _Scores(dtype, query.device)
-    sizes = (batch, rows, key.shape[1])
-    for items, part in _tiles(dtype, sizes, query.device, 1, workspace_mib):
-        weights, lse[items, part] = _softmax(scores.wide(query[items, part], key[items]), scale)
-        torch.bmm(scores.narrow(weights), value[items], out=out[items, part])
+    tile = _Tile(dtype, query.device, matrices=1)
+    for items, part in tile.parts(query, key, workspace_mib):
+        scores = tile.product(0, query[items, part], key[items])
+        weights, lse[items, part] = _softmax(scores, scale)
+        torch.bmm(tile.narrow(weights), value[items], out=out[items, part])
     return out, lse
 
 
@@ -79,19 +80,18 @@ def backward(
     d_query, d_key, d_value = (torch.empty_like(t) for t in (query, key, value))
     if rows == 0:
         return d_query, d_key.zero_(), d_value.zero_()
-    scores, d_scores = _Scores(dtype, device), _Scores(dtype, device)
-    key_sum, value_sum = ProductSum(dtype, device), ProductSum(dtype, device)
-    sizes = (query.shape[0], rows, key.shape[1])
-    for items, part in _tiles(dtype, sizes, device, 2, workspace_mib):
+    tile, term = _Tile(dtype, device, matrices=2), Buffer(dtype, device)
+    key_sum, value_sum = ProductSum(dtype, device, term), ProductSum(dtype, device, term)
+    for items, part in tile.parts(query, key, workspace_mib):
         q, g = query[items, part], grad[items, part]
         ends = {"first": part.start == 0, "last": part.stop == rows}
-        weights, _ = _softmax(scores.wide(q, key[items]), scale)
-        weighted = d_scores.wide(g, value[items]).mul_(weights)
+        weights, _ = _softmax(tile.product(0, q, key[items]), scale)
+        value_sum.add(d_value[items], tile.narrow(weights).mT, g, 1.0, **ends)
+        weighted = tile.product(1, g, value[items]).mul_(weights)
         delta = weighted.sum(dim=-1, keepdim=True)
-        narrow = d_scores.narrow(weighted.addcmul_(weights, delta, value=-1))
-        product(narrow, key[items], scale, d_query[items, part])
-        key_sum.add(d_key[items], narrow.mT, q, scale, **ends)
-        value_sum.add(d_value[items], scores.narrow(weights).mT, g, 1.0, **ends)
+        d_scores = tile.narrow(weighted.addcmul_(weights, delta, value=-1))
+        key_sum.add(d_key[items], d_scores.mT, q, scale, **ends)
+        product(d_scores, key[items], scale, d_query[items, part])
     return d_query, d_key, d_value
 
 
@@ -106,26 +106,30 @@ def _softmax(scores: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Te
     return scores.div_(total), (top * (scale * LOG2E) + total.log2()).squeeze(-1)
 
 
-def _tiles(dtype: torch.dtype, sizes: tuple[int, int, int], device, matrices: int, workspace_mib):
-    wide = accumulator_dtype(dtype)
-    bytes_per_score = wide.itemsize + (dtype.itemsize if dtype != wide else 0)
-    return tiles(*sizes, scores_per_tile(device, matrices * bytes_per_score, workspace_mib))
+class _Tile:
+    """Buffers of one tile: `matrices` in at least float32, one in the dtype of the products."""
 
-
-class _Scores:
-    """A tile of scores as the matrix product gives it, and its copy in at least float32."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, matrices: int) -> None:
         wide = accumulator_dtype(dtype)
-        self._product = Buffer(dtype, device)
-        self._wide = Buffer(wide, device) if wide != dtype else None
+        self._wide = [Buffer(wide, device) for _ in range(matrices)]
+        self._narrow = Buffer(dtype, device) if dtype != wide else None
+        self._bytes = matrices * wide.itemsize + (dtype.itemsize if dtype != wide else 0)
 
-    def wide(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """rows @ columns^T, ready for arithmetic in place."""
+    def parts(
+        self, query: torch.Tensor, key: torch.Tensor, workspace_mib: float | None
+    ) -> Iterator[tuple[slice, slice]]:
+        """(batch slice, row slice) of every tile."""
+        budget = scores_per_tile(query.device, self._bytes, workspace_mib)
+        return tiles(query.shape[0], query.shape[1], key.shape[1], budget)
+
+    def product(self, matrix: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """rows @ columns^T in one of the matrices, ready for arithmetic in place."""
         shape = (rows.shape[0], rows.shape[1], columns.shape[1])
-        self._narrow = torch.bmm(rows, columns.mT, out=self._product.block(*shape))
-        return self._narrow if self._wide is None else self._wide.block(*shape).copy_(self._narrow)
+        wide = self._wide[matrix].block(*shape)
+        if self._narrow is None:
+            return torch.bmm(rows, columns.mT, out=wide)
+        return wide.copy_(torch.bmm(rows, columns.mT, out=self._narrow.block(*shape)))
 
     def narrow(self, wide: torch.Tensor) -> torch.Tensor:
-        """The tile in the dtype of the matrix products."""
-        return wide if self._wide is None else self._narrow.copy_(wide)
+        """A matrix in the dtype of the products; in 16 bits, valid until the next product."""
+        return wide if self._narrow is None else self._narrow.block(*wide.shape).copy_(wide)

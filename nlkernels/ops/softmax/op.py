@@ -55,9 +55,7 @@ def attention(
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(query, key, value, scale, backend, workspace_mib):
-        return torch.ops.nlkernels.softmax_forward(
-            query, key, value, scale, backend, workspace_mib
-        )
+        return torch.ops.nlkernels.softmax_forward(query, key, value, scale, backend, workspace_mib)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -1,0 +1,111 @@
+"""Which backend runs, and what is said about the others."""
+
+import pytest
+import torch
+
+import nlkernels
+from nlkernels import _select, explain, nonlocal_attention
+from nlkernels._spec import Problem
+from nlkernels.ops.softmax import chunked, sdpa
+from tests.helpers import Case, operands
+
+
+def chosen(kind="softmax", dtype=torch.float32, **sizes):
+    case = Case(**{"batch": 2, "queries": 64, "keys": 64, "depth": 8, "value_depth": 8} | sizes)
+    return explain("nonlocal_attention", *operands(case, dtype)[:3], kind=kind)
+
+
+def test_explain_gives_a_reason_for_every_backend():
+    for kind, backends in (
+        ("softmax", {"reference", "chunked", "sdpa"}),
+        ("dot_product", {"reference", "chunked"}),
+    ):
+        explanation = chosen(kind)
+        assert set(explanation.reasons) == backends
+        assert all(explanation.reasons.values())
+        text = str(explanation)
+        assert f"-> {explanation.backend}" in text and "N=64 M=64 D=8" in text
+
+
+def test_table_decides_on_a_cpu():
+    assert chosen(dtype=torch.float32).backend == "sdpa"
+    assert chosen(dtype=torch.bfloat16).backend == "chunked"
+    assert chosen(dtype=torch.bfloat16, queries=16, keys=16).backend == "sdpa"
+    assert chosen(dtype=torch.float16, queries=16, keys=16).backend == "chunked"
+    assert chosen(dtype=torch.float64).backend == "chunked"
+
+
+def test_sdpa_is_left_where_torch_would_materialise():
+    explanation = chosen(value_depth=16)
+    assert explanation.backend == "chunked" and "D == V" in explanation.reasons["sdpa"]
+    query, key, value, _ = operands(Case(2, 64, 64, 8, 8), torch.float32)
+    moved = key.mT.contiguous().mT
+    explanation = explain("nonlocal_attention", query, moved, value)
+    assert explanation.backend == "chunked" and "last stride" in explanation.reasons["sdpa"]
+
+
+@pytest.mark.parametrize("how", ["explain", "call"])
+def test_impossible_backend_raises_with_the_reason_that_explain_gives(how):
+    query, key, value, _ = operands(Case(2, 9, 7, 5, 3))
+    reason = explain("nonlocal_attention", query, key, value).reasons["sdpa"]
+    run = (
+        nonlocal_attention
+        if how == "call"
+        else lambda *t, **o: explain("nonlocal_attention", *t, **o)
+    )
+    with pytest.raises(NotImplementedError) as error:
+        run(query, key, value, backend="sdpa")
+    assert reason in str(error.value) and "use backend='auto'" in str(error.value)
+    with pytest.raises(NotImplementedError, match="always applies a softmax"):
+        run(query, key, value, kind="dot_product", backend="sdpa")
+
+
+def test_gpu_rules_of_sdpa_are_checked_before_torch_is_called():
+    problem = Problem(2, 64, 64, 64, 64, torch.float16, "cuda", True)
+    assert sdpa.unsupported(problem) == []
+    assert "divisible by 8" in sdpa.unsupported(problem._replace(depth=60))[0]
+    assert "float64" in sdpa.unsupported(problem._replace(dtype=torch.float64))[0]
+    assert "last stride" in sdpa.unsupported(problem._replace(unit_stride=False))[0]
+    assert "mps" in sdpa.unsupported(problem._replace(device="mps"))[0]
+
+
+def test_auto_runs_what_explain_names(monkeypatch):
+    ran = []
+    for name, module in (("chunked", chunked), ("sdpa", sdpa)):
+        forward = module.forward
+        monkeypatch.setattr(
+            module, "forward", lambda *a, f=forward, n=name: (ran.append(n), f(*a))[1]
+        )
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        operands_ = operands(Case(2, 64, 64, 8, 8), dtype)[:3]
+        ran.clear()
+        nonlocal_attention(*operands_)
+        assert ran == [explain("nonlocal_attention", *operands_).backend]
+
+
+def test_environment_names_the_backend_unless_the_call_does(monkeypatch):
+    tensors = operands(Case(2, 9, 7, 5, 5))[:3]
+    monkeypatch.setenv("NLKERNELS_BACKEND", "reference")
+    assert explain("nonlocal_attention", *tensors).backend == "reference"
+    assert explain("nonlocal_attention", *tensors, backend="chunked").backend == "chunked"
+    monkeypatch.setenv("NLKERNELS_BACKEND", "chunkd")
+    with pytest.raises(ValueError, match="NLKERNELS_BACKEND.*did you mean 'chunked'"):
+        nonlocal_attention(*tensors)
+
+
+def test_block_backend_beats_the_environment(monkeypatch):
+    monkeypatch.setenv("NLKERNELS_BACKEND", "sdpa")
+    block = nlkernels.NonLocalBlock3d(8, kind="dot_product", zero_init=None)
+    x = torch.randn(1, 8, 2, 4, 4)
+    with pytest.raises(NotImplementedError, match="dot_product"):
+        block(x)
+    assert nlkernels.set_nonlocal_backend(block, "chunked") == 1
+    assert block(x).shape == x.shape
+
+
+def test_every_table_names_known_backends_and_says_why():
+    for op in _select.OPS:
+        for rows in _select._table(op).values():
+            for row in rows:
+                assert set(row["order"]) <= set(_select.operation(op).BACKENDS)
+                assert row["because"] and row["dtypes"]

@@ -1,0 +1,291 @@
+"""The folder data set: which clips, which labels, the same for any number of loader processes."""
+
+import os
+import shutil
+from contextlib import closing
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from nlkernels.training.data import dataset as dataset_module
+from nlkernels.training.data.dataset import FolderDataset
+from nlkernels.training.data.reader import VideoReadError, open_video
+from nlkernels.training.data.transforms import TestTransform, TrainTransform
+
+STEP = 4  # levels between two frames of a numbered video
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, numbered):
+    """Two classes with two training videos each, one test video each, 40 frames."""
+    root = tmp_path_factory.mktemp("videos")
+    for place in ("train/left/1", "train/left/2", "train/right/1", "train/right/2"):
+        numbered(root / f"{place}.mp4", 40, step=STEP)
+    for place in ("test/left/1", "test/right/1"):
+        numbered(root / f"{place}.mp4", 40, step=STEP)
+    return root
+
+
+def clips(root, split="train", **options):
+    chosen = {"frames": 4, "stride": 2, "transform": keep_numbers, "seed": 0} | options
+    return FolderDataset(root, split=split, **chosen)
+
+
+def keep_numbers(video, generator):
+    """The frame numbers of a numbered video, in place of a picture."""
+    return ((video.double().mean((1, 2, 3)) - 10) / STEP).round().int()
+
+
+def content(data, **loader):
+    """Everything that a loader gives for the data, as lists."""
+    batches = DataLoader(data, batch_size=2, **loader)
+    return [(x.tolist(), y.tolist()) for x, y in batches]
+
+
+def test_classes_labels_and_length(root):
+    train, test = clips(root), clips(root, "test")
+    assert train.classes == test.classes == ["left", "right"]
+    assert [label for _, label in train] == [0, 0, 1, 1]
+    assert [label for _, label in test] == [0, 1]
+    assert train.problems == test.problems == []
+
+
+def test_transforms_give_network_input(root):
+    clip, label = clips(root, transform=TrainTransform((24, 30), 16))[-1]
+    assert (clip.shape, clip.dtype, label) == ((3, 4, 16, 16), torch.float32, 1)
+
+
+def test_training_clips_change_with_epoch_and_index_alone(root):
+    train = clips(root)
+    first = [clip.tolist() for clip, _ in train]
+    assert [clip.tolist() for clip, _ in train] == first
+    assert len({clip[0] for clip in first}) > 1
+    train.set_epoch(1)
+    assert [clip.tolist() for clip, _ in train] != first
+    train.set_epoch(0)
+    assert [clip.tolist() for clip, _ in clips(root)] == first
+    assert [clip.tolist() for clip, _ in clips(root, seed=1)] != first
+    for clip in first:
+        assert [b - a for a, b in pairwise(clip)] == [2, 2, 2]
+
+
+def test_test_clips_are_spread_evenly_and_stay_together(root):
+    test = clips(root, "test", test_clips=4)
+    test.set_epoch(5)
+    assert [(clip[0].item(), label) for clip, label in test] == [
+        (start, label) for label in (0, 1) for start in (0, 10, 20, 30)
+    ]
+
+
+@pytest.mark.parametrize("preload", [False, True], ids=["disk", "memory"])
+def test_same_clips_for_any_number_of_workers(root, preload):
+    data = clips(root, preload=preload, transform=TrainTransform((24, 30), 16))
+    data[0]  # a video was read in this process before the loader forks
+    expected = content(data)
+    for workers in (2, 4):
+        assert content(data, num_workers=workers) == expected
+    assert content(clips(root, transform=TrainTransform((24, 30), 16)), num_workers=1) == expected
+
+
+def test_preloaded_clips_reach_spawned_workers(root):
+    data = clips(root, "test", preload=True, transform=TestTransform(24, 16))
+    spawned = content(data, num_workers=1, multiprocessing_context="spawn")
+    assert spawned == content(data)
+
+
+@pytest.mark.parametrize("preload", [False, True], ids=["disk", "memory"])
+def test_preloading_changes_no_pixel(root, preload):
+    whole = clips(root, "test", frames=40, stride=1, transform=lambda v, g: v, preload=preload)
+    with closing(open_video(root / "test" / "left" / "1.mp4")) as video:
+        assert torch.equal(whole[0][0], video.frames(range(40)))
+
+
+def test_preloading_stops_at_its_limit(root):
+    # 4 videos of 40 frames of 32 x 40 pixels: 0.586 MiB.
+    with pytest.raises(ValueError, match=r"at most 0.5 MiB .* got 0.6 MiB for the first 4 videos"):
+        clips(root, preload=True, preload_limit_mib=0.5)
+    assert len(clips(root, preload=True, preload_limit_mib=0.6)) == 4
+
+
+@pytest.mark.parametrize("preload", [False, True], ids=["disk", "memory"])
+def test_time_split_shows_no_test_frame_in_training(tmp_path, numbered, preload):
+    numbered(tmp_path / "flat.mp4", 40, step=STEP)
+    numbered(tmp_path / "deep" / "1.mp4", 40, step=STEP)
+    (tmp_path / "README.md").write_text("not a video")
+    options = {"split_by": "time", "holdout": 0.25, "preload": preload}
+    train, test = clips(tmp_path, **options), clips(tmp_path, "test", test_clips=3, **options)
+    assert train.classes == test.classes == ["deep", "flat"]
+    assert train.problems == []
+    seen = set()
+    for epoch in range(60):
+        train.set_epoch(epoch)
+        seen |= {int(number) for clip, _ in train for number in clip}
+    # The published rule: a clip starts at most at 30 - 4 * 2, so the last one ends at frame 28.
+    assert seen == set(range(29))
+    assert [clip.tolist() for clip, _ in test][:3] == [
+        [30, 32, 34, 36],
+        [33, 35, 37, 39],
+        [36, 38, 30, 32],
+    ]
+
+
+def test_short_videos_wrap(tmp_path, numbered):
+    for name in ("a", "b"):
+        numbered(tmp_path / "train" / name / "v.mp4", 3, step=STEP)
+    assert [clip.tolist() for clip, _ in clips(tmp_path)] == [[0, 2, 1, 0]] * 2
+
+
+def test_unusable_files_are_left_out_and_listed(tmp_path, root, numbered):
+    shutil.copytree(root / "train", tmp_path / "train")
+    numbered(tmp_path / "train" / "left" / "0.mp4", 1)
+    (tmp_path / "train" / "left" / "empty.mp4").touch()
+    (tmp_path / "train" / "right" / "text.avi").write_text("no video")
+    (tmp_path / "train" / "right" / "notes.txt").write_text("ignored")
+    (tmp_path / "train" / "right" / ".hidden.mp4").touch()
+    data = clips(tmp_path)
+    assert len(data) == 5
+    assert [(os.path.basename(path), reason.split(":")[0]) for path, reason in data.problems] == [
+        ("empty.mp4", "the file is empty"),
+        ("text.avi", "cannot be opened"),
+    ]
+    (tmp_path / "train").rename(tmp_path / "all")
+    data = clips(tmp_path / "all", split_by="time")
+    assert ("left/0.mp4", "one frame, too few to split by time") in [
+        (os.path.relpath(path, tmp_path / "all"), reason) for path, reason in data.problems
+    ]
+
+
+def test_real_clips(real_clips):
+    options = {"split_by": "time", "frames": 8, "stride": 4, "transform": TestTransform(64, 48)}
+    data = clips(real_clips, "test", **options)
+    assert data.classes == [
+        "applying_eye_makeup",
+        "arm_wrestling",
+        "cleaning_pool",
+        "flipping_pancake",
+    ]
+    assert [os.path.basename(path) for path, _ in data.problems] == ["corrupted.mp4"]
+    assert data[3][0].shape == (3, 8, 48, 48)
+
+
+class Failing:
+    """Stands for `open_video`; the first ``failures`` decodes of each process fail."""
+
+    def __init__(self, failures):
+        self.left = failures
+
+    def __call__(self, path):
+        self.left -= 1
+        if self.left >= 0:
+            raise VideoReadError(path, "damaged in the middle")
+        return open_video(path)
+
+
+def test_a_clip_that_fails_is_replaced_and_counted(root, monkeypatch):
+    data = clips(root)
+    intact = data[1][0].tolist()
+    monkeypatch.setattr(dataset_module, "open_video", Failing(2))
+    replaced = data[1][0].tolist()
+    assert replaced != intact
+    assert data.decode_failures == [(str(root / "train" / "left" / "2.mp4"), 2)]
+    monkeypatch.setattr(dataset_module, "open_video", Failing(2))
+    assert data[1][0].tolist() == replaced
+    assert data.decode_failures[0][1] == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_video_that_keeps_failing_is_an_error(root, monkeypatch, workers):
+    data = clips(root, "test")
+    monkeypatch.setattr(dataset_module, "open_video", Failing(1000))
+    with pytest.raises(VideoReadError, match="3 clips in a row failed, the last one: damaged"):
+        content(data, num_workers=workers)
+    assert dict(data.decode_failures)[str(root / "test" / "left" / "1.mp4")] == 3
+
+
+def test_index_out_of_range(root):
+    data = clips(root)
+    with pytest.raises(IndexError):
+        data[4]
+    assert data[-1][1] == data[3][1]
+
+
+def no_root(path, make):
+    return {"root": path / "missing"}
+
+
+def no_root_by_time(path, make):
+    return {"root": path / "missing", "split_by": "time"}
+
+
+def no_videos(path, make):
+    (path / "train" / "a").mkdir(parents=True)
+    return {}
+
+
+def no_videos_by_time(path, make):
+    return {"split_by": "time"}
+
+
+def nothing_readable(path, make):
+    for name in ("a", "b"):
+        (path / "train" / name).mkdir(parents=True)
+        (path / "train" / name / "v.mp4").touch()
+    return {}
+
+
+def one_class(path, make):
+    make(path / "v.mp4", 9)
+    return {"split_by": "time"}
+
+
+def one_readable_class(path, make):
+    make(path / "train" / "a" / "v.mp4", 9)
+    (path / "train" / "b").mkdir()
+    (path / "train" / "b" / "v.mp4").touch()
+    return {}
+
+
+def unknown_test_class(path, make):
+    for place in ("train/a", "train/b", "test/c"):
+        make(path / place / "v.mp4", 9)
+    return {"split": "test"}
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (no_root, FileNotFoundError, "expected a folder"),
+        (no_root_by_time, FileNotFoundError, "expected a folder"),
+        (no_videos, ValueError, "expected video files in .*CLASS"),
+        (no_videos_by_time, ValueError, "expected video files in"),
+        (nothing_readable, ValueError, "got none and 2 unreadable files"),
+        (one_class, ValueError, "at least two classes .* got only v"),
+        (one_readable_class, ValueError, "got only a and 1 unreadable files"),
+        (unknown_test_class, ValueError, "got others in .*: c;"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else None,
+)
+def test_unusable_folders_are_one_clear_error(tmp_path, numbered, build, error, message):
+    options = {"root": tmp_path} | build(tmp_path, numbered)
+    with pytest.raises(error, match=message) as caught:
+        clips(options.pop("root"), **options)
+    assert "; " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"split": "val"}, "expected split train or test, got 'val'"),
+        ({"split_by": "name"}, "expected split_by folder or time, got 'name'"),
+        ({"frames": 0}, "expected frames of at least 1, got 0"),
+        ({"stride": 0}, "expected stride of at least 1, got 0"),
+        ({"test_clips": 0}, "expected test_clips of at least 1, got 0"),
+        ({"split_by": "time", "holdout": 1.5}, "expected holdout between 0 and 1, got 1.5"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_impossible_options_are_refused_before_the_scan(option, message):
+    with pytest.raises(ValueError, match=message):
+        clips("/no/such/folder", **option)

@@ -1,0 +1,100 @@
+"""Order of training clips, equal batches for any number of loader processes, time-outs."""
+
+import time
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from nlkernels.training.config import Config, DataConfig, OptimConfig
+from nlkernels.training.engine import train
+from nlkernels.training.loading import StepSampler, training_batches
+from nlkernels.training.loading import test_batches as batches_of_the_test
+
+
+class Clips(Dataset):
+    """Twelve clips that depend on epoch and number, as those of a FolderDataset do."""
+
+    epoch = 0
+
+    def __len__(self):
+        return 12
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __getitem__(self, number):
+        return torch.full((3, 1, 2, 2), 100.0 * self.epoch + number), number % 2
+
+
+class Hanging(Clips):
+    def __getitem__(self, number):
+        time.sleep(60)
+
+
+def config(workers=0, timeout_s=60.0):
+    data = DataConfig(workers=workers, timeout_s=timeout_s)
+    return Config(data=data, optim=OptimConfig(steps=9, batch=4))
+
+
+def order(clips=12, *, batch=4, steps=9, start=0, seed=0):
+    return list(StepSampler(clips, batch=batch, steps=steps, start=start, seed=seed))
+
+
+def test_every_pass_takes_every_clip_once():
+    flat = [pair for step in order() for pair in step]
+    for epoch in range(3):
+        passed = flat[12 * epoch : 12 * (epoch + 1)]
+        assert {one[0] for one in passed} == {epoch}
+        assert sorted(one[1] for one in passed) == list(range(12))
+
+
+def test_passes_and_seeds_differ():
+    first, second, _ = (order()[3 * epoch : 3 * epoch + 3] for epoch in range(3))
+    assert [[number for _, number in step] for step in first] != [
+        [number for _, number in step] for step in second
+    ]
+    assert order(seed=0) != order(seed=1)
+    assert order(seed=1) == order(seed=1)
+
+
+def test_a_resumed_run_continues_the_order():
+    assert order(start=5) == order()[5:]
+
+
+def test_batches_may_span_passes():
+    steps = order(3, batch=8, steps=3)
+    assert [len(step) for step in steps] == [8, 8, 8]
+    assert [epoch for step in steps for epoch, _ in step] == [k // 3 for k in range(24)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_loader_processes_change_nothing(workers):
+    expected = list(training_batches(Clips(), config(), seed=3, steps=9))
+    found = list(training_batches(Clips(), config(workers), seed=3, steps=9))
+    assert len(found) == 9
+    for one, other in zip(expected, found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    # Clips of later passes are other clips: the epoch reached the data set.
+    clips, _, numbers = found[-1]
+    assert torch.equal(clips[:, 0, 0, 0, 0], 200.0 + numbers)
+
+
+def test_the_test_takes_every_clip_once_in_order():
+    batches = list(batches_of_the_test(Clips(), config()))
+    numbers = torch.cat([numbers for _, _, numbers in batches])
+    assert torch.equal(numbers, torch.arange(12))
+
+
+def test_a_hanging_loader_process_is_an_error():
+    batches = training_batches(Hanging(), config(workers=1, timeout_s=1.0), seed=0, steps=1)
+    with pytest.raises(TimeoutError, match=r"expected a batch in time.*data\.timeout_s"):
+        train(
+            torch.nn.Flatten(),
+            batches,
+            None,
+            OptimConfig(steps=1),
+            steps=1,
+            device=torch.device("cpu"),
+            on_step=lambda record: None,
+        )
