@@ -1,8 +1,8 @@
 """Peak memory of a piece of code, from the allocator's own events.
 
-Tensor bytes are counted exactly, inside opaque operators too: every allocation and release that torch's
-allocator reports to its profiler is replayed in order. Scratch that a math library allocates for itself
-does not pass through that allocator; the resident set is the cross-check for it.
+Tensor bytes are counted exactly, inside opaque operators too: every allocation and release that
+torch's allocator reports to its profiler is replayed in order. Scratch that a math library
+allocates for itself does not pass there; the resident set is the cross-check for it.
 """
 
 import gc
@@ -17,7 +17,7 @@ class PeakMemory:
     """Context manager that measures the peak of live tensor bytes above the level at its start.
 
     Attributes:
-        live_mib: peak of live tensor bytes on the device above the start, in MiB, exact to the byte.
+        live_mib: peak of live tensor bytes on the device above the start, in MiB, exactly.
         device_mib: on CUDA, `torch.cuda.max_memory_allocated` above the start, in MiB; None on CPU.
 
     Example:

@@ -16,7 +16,7 @@ class Explanation(NamedTuple):
 
     Attributes:
         problem: sizes, dtype and device, as text.
-        backend: the one that runs.
+        backend: the one that runs; where the backward has another, its reason says so.
         reasons: backend name -> why it runs, or why it does not.
     """
 
@@ -112,6 +112,10 @@ def explain(op: str, problem: Problem, requested: str) -> Explanation:
             reasons[backend] = f"slower than {chosen}: {order[chosen]}"
         else:
             reasons[backend] = f"not measured to be faster than {chosen} here"
+    backward = choose(op, problem, direction="backward")
+    if requested == "auto" and problem.device == "cpu" and backward != chosen:
+        why = dict(preference(op, problem, "backward")).get(backward, "nothing faster serves it")
+        reasons[chosen] += f"; the backward runs in {backward}: {why}"
     if requested != "auto" and module.supports(requested, problem):
         raise NotImplementedError(
             refusal(op, requested, problem, module.supports(requested, problem))

@@ -58,8 +58,9 @@ def nonlocal_attention(
         NotImplementedError: the named backend cannot serve this problem.
 
     Memory:
-        The backend chunked, which "auto" runs on CPUs: at most `workspace_mib`, and what the docstring
-        of nlkernels/ops/<op>/chunked.py adds for 16-bit dtypes; kept for the backward: the operands,
+        The backend chunked: at most `workspace_mib`, and for 16-bit dtypes what the docstring of
+        nlkernels/ops/<op>/chunked.py adds. Kept for the backward, by every backend but "reference"
+        and, on GPUs, "sdpa": the operands,
         the output and 4 bytes a query (8 in float64).
 
     Determinism:

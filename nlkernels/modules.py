@@ -15,8 +15,8 @@ INITS = ("normal", "kaiming", "default")
 class NonLocalBlock3d(nn.Module):
     """Non-local block for video features: every position attends to all positions of all frames.
 
-    z = x + norm(out(attention(theta(x), phi(x'), g(x')))), x' being x pooled ("before"), or with phi
-    and g pooled after their projection ("after"). Positions are flattened in (T, H, W) order.
+    z = x + norm(out(attention(theta(x), phi(x'), g(x')))), x' being x pooled ("before"); or with
+    phi and g pooled after their projection ("after"). Positions are flattened in (T, H, W) order.
     Kind "gaussian" has no theta and phi: query is x and key is pooled x, of `dim` channels.
 
     Args:
@@ -30,24 +30,25 @@ class NonLocalBlock3d(nn.Module):
         out_bias: bias of out.
         norm: "batch" for a batch norm after out, or None.
         norm_eps: epsilon of the batch norm.
-        zero_init: what makes a new block the identity: "gamma" (the norm's weight is 0), "weight" (weight
-            and bias of out are 0), or None for a block that changes its input from the start. With
-            "gamma" the norm's weight still receives a gradient at the first step; then all do.
+        zero_init: what makes a new block the identity: "gamma" (the norm's weight is 0), "weight"
+            (weight and bias of out are 0), or None for a block that changes its input from the
+            start. A zero still receives a gradient at the first step, and after it all others do.
         init: weights of the projections: "normal" (std 0.01, biases 0), "kaiming" (normal,
             fan out, biases 0) or "default" (torch's).
-        temporal_group: frames of a group that attends to itself only; None for all frames. T must be a
-            multiple of it.
+        temporal_group: frames of a group that attends to itself only; None for all frames. T must
+            be a multiple of it, or smaller.
         backend: as for `nonlocal_attention`; None defers to NLKERNELS_BACKEND, then to "auto".
 
     Shape:
         (B, dim, T, H, W) -> the same, any memory format.
 
     Memory:
-        The scores are never stored whole, unless the backend is "reference"; see `nonlocal_attention`.
+        The scores are never stored whole, unless the backend is "reference"; see
+        `nonlocal_attention`.
 
     Raises:
-        ValueError: unknown option; wrong rank or channels; clip smaller than the pool; T no multiple
-            of `temporal_group`.
+        ValueError: unknown option; wrong rank or channels; clip smaller than the pool; T no
+            multiple of `temporal_group`.
 
     Example:
         >>> import torch, nlkernels
@@ -141,8 +142,8 @@ class NonLocalBlock3d(nn.Module):
         )
         if not inside:
             raise ValueError(
-                f"attention_map: expected query (t, y, x) inside {tuple(x.shape[2:])}, got {query}; "
-                "positions count from 0 in the block's input"
+                f"attention_map: expected query (t, y, x) inside {tuple(x.shape[2:])}, got "
+                f"{query}; positions count from 0 in the block's input"
             )
         t, h, w = query
         point = x[:, :, t : t + 1, h : h + 1, w : w + 1]
@@ -241,8 +242,8 @@ class NonLocalBlock3d(nn.Module):
             len(tuple(pool)) != 3 or any(not isinstance(p, int) or p < 1 for p in pool)
         ):
             raise ValueError(
-                f"{where}: expected pool to be three positive sizes (t, h, w) or None, got {pool!r}; "
-                "the published blocks use (1, 2, 2)"
+                f"{where}: expected pool to be three positive sizes (t, h, w) or None, got "
+                f"{pool!r}; the published blocks use (1, 2, 2)"
             )
         if zero_init == "gamma" and norm is None:
             raise ValueError(
@@ -290,8 +291,8 @@ def set_nonlocal_backend(model: nn.Module, backend: str) -> int:
     blocks = [m for m in model.modules() if isinstance(m, NonLocalBlock3d)]
     if not blocks:
         raise ValueError(
-            f"set_nonlocal_backend: expected a model with non-local blocks, got {type(model).__name__} "
-            "without any; build it with blocks"
+            "set_nonlocal_backend: expected a model with non-local blocks, got "
+            f"{type(model).__name__} without any; build it with blocks"
         )
     for block in blocks:
         block.set_backend(backend)

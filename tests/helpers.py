@@ -76,10 +76,9 @@ def assert_not_worse(
 ) -> None:
     """Fail unless `got` is at most `factor` times as wrong as `same_dtype`, truth being float64.
 
-    In float64, where both are the truth's equals, the limit is 1e-11 of the largest truth
-    plus 1e-13.
-    Otherwise both the largest error and the root-mean-square error are compared. The floor for both is the
-    rounding of (r + 0.3) - 0.3 - r, twice, with r the truth in the dtype under test.
+    Both the largest error and the root-mean-square error are compared. The floor for both is the
+    rounding of (r + 0.3) - 0.3 - r, twice, with r the truth in the dtype under test. In float64,
+    where both are the truth's equals, the limit is 1e-11 of the largest truth plus 1e-13.
     """
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(truth.shape)}"
     assert got.dtype == same_dtype.dtype, f"{name}: {got.dtype}, not {same_dtype.dtype}"

@@ -67,7 +67,7 @@ def by_hand(made, x):
 @pytest.mark.parametrize("pool_order", ["before", "after"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_block_equals_the_formula(kind, pool_order, pool, backend, device):
-    options = dict(kind=kind, pool=pool, pool_order=pool_order, backend=backend)
+    options = {"kind": kind, "pool": pool, "pool_order": pool_order, "backend": backend}
     variants = [
         {},
         {"norm": None, "inner": 5, "out_bias": False},

@@ -267,7 +267,6 @@ def test_sdpa_is_torchs_own_kernel(kind, dtype, device):
     expected, got = results(direct, tensors), results(attention(kind, "sdpa"), tensors)
     for name, value in expected.items():
         # The lse passes through base 2 on its way to the CPU's backward.
-        close = dict(rtol=0, atol=0) if name == "out" else dict(rtol=2e-5, atol=2e-5)
-        if dtype == torch.bfloat16 and name != "out":
-            close = dict(rtol=1e-2, atol=1e-2)
-        torch.testing.assert_close(got[name], value, **close)
+        rounding = 2e-5 if dtype == torch.float32 else 1e-2
+        close = 0 if name == "out" else rounding
+        torch.testing.assert_close(got[name], value, rtol=close, atol=close)

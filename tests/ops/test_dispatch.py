@@ -33,6 +33,8 @@ def test_table_decides_on_a_cpu():
     assert chosen(dtype=torch.bfloat16, queries=16, keys=16).backend == "sdpa"
     assert chosen(dtype=torch.float16, queries=16, keys=16).backend == "chunked"
     assert chosen(dtype=torch.float64).backend == "chunked"
+    assert "the backward runs in chunked" in chosen(dtype=torch.float32).reasons["sdpa"]
+    assert "the backward" not in str(chosen(dtype=torch.bfloat16))
 
 
 def test_sdpa_is_left_where_torch_would_materialise():
@@ -72,15 +74,19 @@ def test_gpu_rules_of_sdpa_are_checked_before_torch_is_called():
 def test_auto_runs_what_explain_names(monkeypatch):
     ran = []
     for name, module in (("chunked", chunked), ("sdpa", sdpa)):
-        forward = module.forward
-        monkeypatch.setattr(
-            module, "forward", lambda *a, f=forward, n=name: (ran.append(n), f(*a))[1]
-        )
+        for direction in ("forward", "backward"):
+            original = getattr(module, direction)
+            monkeypatch.setattr(
+                module,
+                direction,
+                lambda *a, f=original, n=f"{name} {direction}": (ran.append(n), f(*a))[1],
+            )
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        operands_ = operands(Case(2, 64, 64, 8, 8), dtype)[:3]
+        tensors = operands(Case(2, 64, 64, 8, 8), dtype, requires_grad=True)[:3]
         ran.clear()
-        nonlocal_attention(*operands_)
-        assert ran == [explain("nonlocal_attention", *operands_).backend]
+        nonlocal_attention(*tensors).sum().backward()
+        forward = explain("nonlocal_attention", *tensors).backend
+        assert ran == [f"{forward} forward", "chunked backward"]
 
 
 def test_environment_names_the_backend_unless_the_call_does(monkeypatch):
@@ -89,7 +95,7 @@ def test_environment_names_the_backend_unless_the_call_does(monkeypatch):
     assert explain("nonlocal_attention", *tensors).backend == "reference"
     assert explain("nonlocal_attention", *tensors, backend="chunked").backend == "chunked"
     monkeypatch.setenv("NLKERNELS_BACKEND", "chunkd")
-    with pytest.raises(ValueError, match="NLKERNELS_BACKEND.*did you mean 'chunked'"):
+    with pytest.raises(ValueError, match=r"NLKERNELS_BACKEND.*did you mean 'chunked'"):
         nonlocal_attention(*tensors)
 
 

@@ -5,8 +5,9 @@ forward   S = Q K^T;  P = exp2(log2(e) scale (S - max S));  out = (P / sum P) V;
 backward  P = forward's P / sum P;  E = P dO V^T;  dS = E - P sum E;  dQ = scale dS K;
           dK = scale dS^T Q;  dV = P^T dO
 
-Two things are computed again rather than taken from the forward, because their rounding then cancels:
-the rows' sums (rather than P = exp2(S - lse)) and sum E (rather than the equal sum of dO out).
+Two things are computed again rather than taken from the forward, because their rounding then
+cancels: the rows' sums (rather than P = exp2(S - lse)) and sum E (rather than the equal sum of
+dO out).
 
 Only query, key, value, out and lse are kept in between; other backends need the last two.
 `lse` is in base 2: exp2 takes a quarter of exp's time in torch's float32 CPU kernels.

@@ -79,6 +79,7 @@ def test_test_clips_are_spread_evenly_and_stay_together(root):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 @pytest.mark.parametrize("preload", [False, True], ids=["disk", "memory"])
 def test_same_clips_for_any_number_of_workers(root, preload):
     data = clips(root, preload=preload, transform=TrainTransform((24, 30), 16))
@@ -195,7 +196,15 @@ def test_a_clip_that_fails_is_replaced_and_counted(root, monkeypatch):
     assert data.decode_failures[0][1] == 4
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+def test_failures_in_loader_processes_are_counted_here(root, monkeypatch):
+    data = clips(root)
+    monkeypatch.setattr(dataset_module, "open_video", Failing(1))
+    content(data, num_workers=2)
+    assert sum(count for _, count in data.decode_failures) == 2
+
+
+# torch takes five seconds to end the workers after an exception.
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.gate)])
 def test_a_video_that_keeps_failing_is_an_error(root, monkeypatch, workers):
     data = clips(root, "test")
     monkeypatch.setattr(dataset_module, "open_video", Failing(1000))
