@@ -62,7 +62,7 @@ def _newest(results: Path) -> list[tuple[Path, Mapping[str, Any]]]:
 
 def _device_table(path: Path, report: Mapping[str, Any]) -> str:
     lines = [
-        "| operation | naive | best other | ours | speed over naive | over best other |",
+        "| operation | speed over naive | over best other | MiB naive | best other | ours |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     measured = problems(report, CASE)
@@ -81,17 +81,17 @@ def _line(kind: str, dtype: str, passes: str, rows: Rows) -> str:
     peer = min(peers, key=_time) if peers else None
     cells = [
         f"{kind} {dtype} {PASSES[passes]}",
-        _cell(naive),
-        f"{_cell(peer)} ({peer['provider']})" if peer else "none",
-        f"{_cell(ours)} ({ours['backend']})",
         f"{_time(naive) / _time(ours):.2f}x",
         f"{_time(peer) / _time(ours):.2f}x" if peer else "",
+        _mib(naive),
+        f"{_mib(peer)} ({peer['provider']})" if peer else "none",
+        f"{_mib(ours)} ({ours['backend']})",
     ]
     return "| " + " | ".join(cells) + " |"
 
 
-def _cell(row: Mapping[str, Any]) -> str:
-    return f"{_time(row):.4g} ms, {row['peak_mib']:.0f} MiB"
+def _mib(row: Mapping[str, Any]) -> str:
+    return f"{row['peak_mib']:.0f}"
 
 
 def _time(row: Mapping[str, Any]) -> float:
@@ -110,7 +110,7 @@ def _caption(path: Path, report: Mapping[str, Any], rows: Rows) -> str:
     commit = (where["git_hash"] or "unknown")[:12] + (" with changes" if where["git_dirty"] else "")
     folder = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
     return (
-        f"{sizes}: res3 of a 128-frame clip at 224 px. Median time of "
+        f"{sizes}: res3 of a 128-frame clip at 224 px. Ratios of median times over "
         f"{report['settings']['rounds']} interleaved rounds, and peak of live tensors beyond the "
         "operands (results included). *naive* materialises N x M; *best other* is the fastest of "
         "PyTorch's SDPA backends, for dot_product two `torch.bmm` in the cheaper order; a ratio "

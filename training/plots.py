@@ -120,6 +120,8 @@ def _accuracy(path: Path, report: Mapping[str, Any]) -> Path:
     names = [one["name"] for one in variants]
     values = [100 * one["accuracy"] for one in variants]
     axes.barh(names, values, color=[_COLOURS[name] for name in names])
+    chance = 100 / len(report["data"]["classes"])
+    axes.axvline(chance, color="black", linestyle=":", linewidth=1, zorder=2)
     for row, one in enumerate(variants):
         single = [100 * run["accuracy"] for run in one["runs"]]
         if len(single) > 1:
@@ -130,9 +132,8 @@ def _accuracy(path: Path, report: Mapping[str, Any]) -> Path:
             xytext=(7, 0),
             textcoords="offset points",
             va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
-    chance = 100 / len(report["data"]["classes"])
-    axes.axvline(chance, color="black", linestyle=":", linewidth=1)
     seeds = len(variants[0]["runs"])
     unit = "test accuracy in %, dotted line: chance"
     unit += "" if seeds == 1 else f"; mean of {seeds} seeds, dots: each seed"

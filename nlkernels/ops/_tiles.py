@@ -70,15 +70,11 @@ class Buffer:
         return self._storage[:size].view(shape)
 
 
-def product(a: torch.Tensor, b: torch.Tensor, scale: float, out: torch.Tensor) -> torch.Tensor:
-    """out = scale a @ b for batches of matrices."""
-    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
-
-
 class ProductSum:
-    """Sum of the matrix products of one batch item's tiles, accumulated in at least float32.
+    """Scaled sum of the matrix products of one batch item's tiles, added in at least float32.
 
-    `term` holds one product at a time and may serve several sums.
+    `term` holds one product at a time and may serve several sums. The scale comes last: with a
+    factor of zero torch's own scaled product returns whatever its output held.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device, term: Buffer) -> None:
@@ -96,17 +92,16 @@ class ProductSum:
         first: bool,
         last: bool,
     ) -> None:
-        """Add scale a @ b; `out` holds the sum after the tile that is `last`."""
+        """Add a @ b; after the tile that is `last`, `out` holds scale times the sum."""
         if first and last:
-            product(a, b, scale, out)
-        elif out.dtype == self._wide:
-            torch.baddbmm(out, a, b, beta=0 if first else 1, alpha=scale, out=out)
+            torch.bmm(a, b, out=out).mul_(scale)
+            return
+        total = out if out.dtype == self._wide else self._total.block(*out.shape)
+        if first:
+            total.zero_()
+        if total is out:
+            total.baddbmm_(a, b)
         else:
-            total = self._total.block(*out.shape)
-            term = product(a, b, scale, self._term.block(*out.shape))
-            if first:
-                total.copy_(term)
-            else:
-                total.add_(term)
-            if last:
-                out.copy_(total)
+            total.add_(torch.bmm(a, b, out=self._term.block(*out.shape)))
+        if last:
+            out.copy_(total.mul_(scale))

@@ -30,7 +30,6 @@ from nlkernels.ops._tiles import (
     ProductSum,
     accumulator_dtype,
     compute_dtype,
-    product,
     scores_per_tile,
     tiles,
 )
@@ -92,7 +91,7 @@ def backward(
         delta = weighted.sum(dim=-1, keepdim=True)
         d_scores = tile.narrow(weighted.addcmul_(weights, delta, value=-1))
         key_sum.add(d_key[items], d_scores.mT, q, scale, **ends)
-        product(d_scores, key[items], scale, d_query[items, part])
+        torch.bmm(d_scores, key[items], out=d_query[items, part]).mul_(scale)
     return d_query, d_key, d_value
 
 
