@@ -47,11 +47,11 @@ def document(report: Mapping[str, Any]) -> str:
     head = " | ".join([f"seed {seed}" for seed in seeds] + ["mean"])
     return f"""# Do the blocks learn relations between distant places and times?
 
-Two objects are drawn into a clip of {config["data"]["frames"]} frames of \
-{config["data"]["size"]} x {config["data"]["size"]} pixels, one in the left half while the first
-half of the clip lasts, one in the right half during the second; the label is whether they have the
-same shape. Neither object tells anything alone, and they are never visible together. Clips are
-encoded to video files and decoded again. Test accuracy in percent:
+A clip of {config["data"]["frames"]} frames of {config["data"]["size"]} x \
+{config["data"]["size"]} pixels shows one object in the left half of the picture at its
+beginning and another in the right half at its end; the label is whether they have the same shape.
+Neither object tells anything alone, and they are never visible together. Clips are encoded to
+video files and decoded again. Test accuracy in percent:
 
 | network | what it has | parameters | {head} |
 |---|---|---:|{"---:|" * (len(seeds) + 1)}
