@@ -61,7 +61,7 @@ With the blocks (`fast`) the mean is {ahead}.
 
 {data["train_clips"]} training and {data["test_clips"]} test clips; protocol: {data["protocol"]}. \
 {config["optim"]["steps"]} steps of {config["optim"]["batch"]} clips. The seeds vary initial
-weights and the order of the clips. {where["device_name"]}, {where["dtype"]}, \
+weights and the order and mirroring of the clips. {where["device_name"]}, {where["dtype"]}, \
 {where["threads"]} threads, torch {where["torch"]}.
 
 Command: `{report["command"]}`; its report with every number: [evidence.json](evidence.json). This

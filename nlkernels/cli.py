@@ -7,7 +7,6 @@ imported in the sub-command that needs them.
 
 import argparse
 import importlib.util
-import os
 import shlex
 import sys
 import traceback
@@ -27,8 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, 1 for a run that broke off, 2 for a mistake of the user.
     """
-    # Torch's profiler, which counts live tensor bytes, prints to standard error otherwise.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser().parse_args(argv)
     try:

@@ -6,10 +6,12 @@ train in a minute, so that shape is a setting of its own and stands beside every
 """
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import report as reports
 from .config import Config, to_dict
@@ -41,12 +43,12 @@ def compare_from_config(config: Config, *, command: str) -> Path:
     """
     begun = time.perf_counter()
     variants, seeds = config.compare.variants, config.compare.seeds
-    out, device = prepare(config)
     if config.run.resume is not None:
         raise ValueError(
             f"compare: expected run.resume unset, got {config.run.resume!r}; "
             "a comparison trains every variant from its start"
         )
+    out, device = prepare(config)
     # Mistakes in the variants' options show before clips are generated.
     with torch.device("meta"):
         for name in variants:
@@ -59,13 +61,16 @@ def compare_from_config(config: Config, *, command: str) -> Path:
         name: build_variant(name, config.model, num_classes, seed=seeds[0]).to(device)
         for name in variants
     }
-    blocks = next((models[name] for name in ("fast", "naive", "frame") if name in models), None)
+    sizes = _attention(models, config)
     profile = config.compare.profile
-    sizes = {"training": [], "profile": []}
-    if blocks is not None:
-        shape = config.data
-        sizes["training"] = attention_sizes(blocks, frames=shape.frames, size=shape.size)
-        sizes["profile"] = attention_sizes(blocks, frames=profile.frames, size=profile.size)
+    print(
+        f"measuring speed and memory: batch {profile.batch} of {profile.frames} x "
+        f"{profile.size} x {profile.size}, {profile.rounds} rounds",
+        flush=True,
+    )
+    # Before the trainings: too large a profile shows at once, and not after hours.
+    costs = measure(models, profile, config.optim, num_classes=num_classes, device=device)
+    del models
 
     runs: dict[str, list[Run]] = {name: [] for name in variants}
     for seed in seeds:
@@ -75,13 +80,6 @@ def compare_from_config(config: Config, *, command: str) -> Path:
             model = build_variant(name, config.model, num_classes, seed=seed).to(device)
             run = train_and_test(model, data, config, name=label, seed=seed, device=device)
             runs[name].append(run)
-
-    print(
-        f"measuring speed and memory: batch {profile.batch} of {profile.frames} x "
-        f"{profile.size} x {profile.size}, {profile.rounds} rounds",
-        flush=True,
-    )
-    costs = measure(models, profile, config.optim, num_classes=num_classes, device=device)
 
     report = reports.head(
         "comparison",
@@ -112,6 +110,18 @@ def compare_from_config(config: Config, *, command: str) -> Path:
     reports.write_json(report, out / "report.json")
     print("\n" + reports.comparison_text(report))
     return reports.write_markdown(reports.comparison_markdown(report, plots), out / "report.md")
+
+
+def _attention(models: Mapping[str, nn.Module], config: Config) -> dict[str, list[dict[str, Any]]]:
+    """Sizes of the blocks at the training and at the measured clips; empty without blocks."""
+    blocks = next((models[name] for name in ("fast", "naive", "frame") if name in models), None)
+    if blocks is None:
+        return {"training": [], "profile": []}
+    data, profile = config.data, config.compare.profile
+    return {
+        "training": attention_sizes(blocks, frames=data.frames, size=data.size),
+        "profile": attention_sizes(blocks, frames=profile.frames, size=profile.size),
+    }
 
 
 def _agreement(runs: dict[str, list[Run]], seeds: tuple[int, ...]) -> list[dict[str, Any]]:

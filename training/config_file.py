@@ -83,7 +83,8 @@ def load_config(
     if config.run.out is None:
         run = dataclasses.replace(config.run, out=str(Path("runs") / path.stem))
         config = dataclasses.replace(config, run=run)
-    _warn_ignored(config, origins, command)
+    typed = [_parse_override(text)[0] for text in overrides]
+    _warn_ignored(config, origins, typed, command)
     return config
 
 
@@ -268,14 +269,15 @@ def _source(key: str, origins: Mapping[str, str]) -> str:
     return f" in {origins[key]}" if key in origins else ""
 
 
-def _warn_ignored(config: Config, origins: Mapping[str, str], command: str | None) -> None:
+def _warn_ignored(
+    config: Config, origins: Mapping[str, str], typed: Sequence[str], command: str | None
+) -> None:
     reasons = {}
     for key, because, ignores in _IGNORED_WHEN:
         value = value_of(config, because)
         if key in origins and ignores(value):
             reasons[key] = f"while {because} is {value}"
     # A file may serve both commands; what is typed for one of them should count.
-    typed = [key for key, origin in origins.items() if origin == "the command line"]
     for start in _IGNORED_BY.get(command, ()):
         for key in typed:
             if key == start or key.startswith(f"{start}."):

@@ -6,7 +6,7 @@ updated from a loss or a gradient that is not finite: the run stops and names th
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -129,13 +129,12 @@ def train(
     Raises:
         NonFiniteError: The loss or a gradient is not finite; parameters are those of the step
             before.
-        TimeoutError: The loader processes delivered no batch in time.
     """
     model.train()
     watch = Stopwatch(device)
     iterator = iter(batches)
     for step in range(start, steps):
-        clips, labels, numbers = _next_batch(iterator)
+        clips, labels, numbers = next(iterator)
         clips, labels = clips.to(device), labels.to(device)
         data_ms = watch.lap_ms()
         lr = learning_rate(step, steps, optim)
@@ -207,16 +206,3 @@ def _check_finite(what: str, value: float, where: str, numbers: Tensor | None) -
         f"train: expected a finite {what}, got {value} at {where}{clips}; parameters are unchanged "
         "since the step before, lower optim.lr or lengthen optim.warmup"
     )
-
-
-def _next_batch(iterator: Iterator) -> tuple[Tensor, Tensor, Tensor]:
-    try:
-        return next(iterator)
-    except RuntimeError as error:
-        # DataLoader knows no class of its own for a worker that hangs.
-        if "timed out" not in str(error):
-            raise
-        raise TimeoutError(
-            f"train: expected a batch in time, got: {error}; a video may hang its decoder, "
-            "or raise data.timeout_s"
-        ) from error

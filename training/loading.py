@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .config import Config
 from .data.dataset import FolderDataset
+from .data.reader import VideoReadError
 from .data.synthetic import write_synthetic
 from .data.transforms import TestTransform, TrainTransform
 
@@ -158,33 +159,67 @@ class _Numbered(Dataset[tuple[Tensor, int, int]]):
         return clip, label, number
 
 
+class Batches:
+    """Clips (B, 3, T, H, W), labels (B,) and clip numbers (B,), a batch per item of an order.
+
+    What goes wrong in a loader process arrives as an error of ours: TimeoutError for one that
+    hangs, VideoReadError for a video that fails again and again.
+
+    Args:
+        clips: Data set.
+        order: (epoch, clip number) pairs of every batch.
+        config: Section ``data``.
+    """
+
+    def __init__(
+        self,
+        clips: FolderDataset,
+        order: Sequence[list[tuple[int, int]]] | StepSampler,
+        config: Config,
+    ) -> None:
+        workers = config.data.workers
+        self._loader = DataLoader(
+            _Numbered(clips),
+            batch_sampler=order,
+            num_workers=workers,
+            # A hanging decoder is an error, not a hanging run.
+            timeout=config.data.timeout_s if workers > 0 else 0,
+            # Its own: a loader that starts draws a seed, and dropout must not notice a resumed run.
+            generator=torch.Generator(),
+            pin_memory=config.run.device != "cpu" and torch.cuda.is_available(),
+        )
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        try:
+            yield from self._loader
+        except VideoReadError as error:
+            if error.reason:
+                raise
+            # From a loader process comes the text of its traceback, which ends with the message.
+            # Its traceback here goes: it would keep the loader alive, and its processes waiting.
+            message = str(error).splitlines()[-1].partition("Error: ")[2]
+            raise VideoReadError(message) from error.with_traceback(None)
+        except RuntimeError as error:
+            # DataLoader has no class of its own for a process that hangs.
+            if "timed out" not in str(error):
+                raise
+            raise TimeoutError(
+                f"data: expected a batch in time, got: {error}; a video may hang its decoder, "
+                "or raise data.timeout_s"
+            ) from error
+
+
 def training_batches(
     clips: FolderDataset, config: Config, *, seed: int, steps: int, start: int = 0
-) -> DataLoader:
-    """Batches of step ``start`` onwards: clips (B, 3, T, H, W), labels (B,), clip numbers (B,)."""
+) -> Batches:
+    """Batches of step ``start`` onwards."""
     order = StepSampler(len(clips), batch=config.optim.batch, steps=steps, start=start, seed=seed)
-    return _loader(clips, order, config)
+    return Batches(clips, order, config)
 
 
-def test_batches(clips: FolderDataset, config: Config) -> DataLoader:
+def test_batches(clips: FolderDataset, config: Config) -> Batches:
     """All clips once, in order, in batches as in training."""
     numbers = [(0, number) for number in range(len(clips))]
     size = config.optim.batch
     order = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-    return _loader(clips, order, config)
-
-
-def _loader(
-    clips: FolderDataset, order: Sequence[list[tuple[int, int]]] | StepSampler, config: Config
-) -> DataLoader:
-    workers = config.data.workers
-    return DataLoader(
-        _Numbered(clips),
-        batch_sampler=order,
-        num_workers=workers,
-        # A hanging decoder is an error, not a hanging run.
-        timeout=config.data.timeout_s if workers > 0 else 0,
-        # Its own: a loader that starts draws a seed, and dropout must not notice a resumed run.
-        generator=torch.Generator(),
-        pin_memory=config.run.device != "cpu" and torch.cuda.is_available(),
-    )
+    return Batches(clips, order, config)

@@ -154,8 +154,8 @@ def attention_sizes(model: nn.Module, *, frames: int, size: int) -> list[dict[st
         size: Height and width of the clip.
 
     Returns:
-        ``block`` (name), ``n``, ``m`` and ``backend`` (which one serves a training step of one such
-        clip) of every block, in the order of the forward pass.
+        ``block`` (name), ``n``, ``m`` and ``backend`` (which one runs the forward of a training
+        step of one such clip) of every block, in the order of the forward pass.
     """
     sizes: list[dict[str, int | str]] = []
     names = {module: name for name, module in model.named_modules()}

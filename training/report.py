@@ -189,8 +189,8 @@ def comparison_markdown(report: Mapping[str, Any], plots: Sequence[Path]) -> str
         "resident set as a cross-check.",
         "## Trainings",
         _markdown_table(_training_rows(report)),
-        "Naive and fast compute the same function. Their trainings start alike and later drift apart "
-        "by rounding, as two naive ones do whose inputs differ in the last bit."
+        "Naive and fast compute the same function. Their trainings start alike and later drift "
+        "apart by rounding, as two naive ones do whose inputs differ in the last bit."
         if report["agreement"]
         else "",
         *(f"![{path.stem}]({path.name})" for path in plots),

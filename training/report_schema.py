@@ -37,7 +37,7 @@ _HEAD = {
     "training.attention[].block": "name of the block in the model",
     "training.attention[].n": "query positions at the training clip",
     "training.attention[].m": "key positions at the training clip",
-    "training.attention[].backend": "backend that serves the block of the variant fast",
+    "training.attention[].backend": "backend of its forward in the variant fast",
 }
 COMPARISON = _HEAD | {
     "profile.batch": "clips per measured step",
@@ -47,7 +47,7 @@ COMPARISON = _HEAD | {
     "profile.attention[].block": "name of the block in the model",
     "profile.attention[].n": "query positions at the measured clip",
     "profile.attention[].m": "key positions at the measured clip",
-    "profile.attention[].backend": "backend that serves the block of the variant fast",
+    "profile.attention[].backend": "backend of its forward in the variant fast",
     "agreement[].seed": "seed of a pair of naive and fast trainings",
     "agreement[].steps": "first steps that are compared",
     "agreement[].loss_difference": "largest |loss naive - loss fast| over them",

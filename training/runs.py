@@ -89,7 +89,7 @@ def train_and_test(
     Raises:
         NonFiniteError: The loss or a gradient is not finite.
         TimeoutError: The loader processes delivered no batch in time.
-        ValueError: The checkpoint belongs to another network.
+        ValueError: The checkpoint belongs to another network or to a finished training.
     """
     out = Path(config.run.out)
     steps = total_steps(config, len(data.train))
@@ -97,7 +97,7 @@ def train_and_test(
     torch.manual_seed(seed)
     start = 0
     if resumed is not None:
-        start = _resume(resumed, model, optimiser)
+        start = _resume(resumed, model, optimiser, steps)
     losses: list[float] = []
     path = out / f"{name}.pt"
 
@@ -140,7 +140,15 @@ def train_and_test(
     return Run(losses, test, train_s)
 
 
-def _resume(content: Mapping[str, Any], model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
+def _resume(
+    content: Mapping[str, Any], model: nn.Module, optimiser: torch.optim.Optimizer, steps: int
+) -> int:
+    """Restore everything; returns the steps that were taken."""
+    if content["step"] >= steps:
+        raise ValueError(
+            f"run: expected in run.resume a checkpoint of fewer than {steps} steps, got one of "
+            f"{content['step']}; raise optim.steps"
+        )
     try:
         model.load_state_dict(content["model"])
         optimiser.load_state_dict(content["optimiser"])

@@ -145,24 +145,6 @@ def test_gradient_that_is_not_finite_stops_before_the_step():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-def test_a_loader_that_hangs_is_an_error_of_ours():
-    class Hanging:
-        def __iter__(self):
-            raise RuntimeError("DataLoader timed out after 5 seconds")
-            yield
-
-    with pytest.raises(TimeoutError, match=r"train: expected a batch in time.*data\.timeout_s"):
-        train(
-            small_model(),
-            Hanging(),
-            None,
-            OptimConfig(steps=1),
-            steps=1,
-            device=CPU,
-            on_step=lambda record: None,
-        )
-
-
 def test_stopwatch_laps_add_up():
     watch = Stopwatch(CPU)
     first, second = watch.lap_ms(), watch.lap_ms()

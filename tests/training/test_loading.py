@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from nlkernels.training.config import Config, DataConfig, OptimConfig
-from nlkernels.training.engine import train
+from nlkernels.training.data.reader import VideoReadError
 from nlkernels.training.loading import StepSampler, training_batches
 from nlkernels.training.loading import test_batches as batches_of_the_test
 
@@ -28,8 +28,21 @@ class Clips(Dataset):
 
 
 class Hanging(Clips):
+    """Hangs long enough for the time-out, and not so long that its process must be waited for."""
+
     def __getitem__(self, number):
-        time.sleep(60)
+        time.sleep(0.5)
+        return super().__getitem__(number)
+
+
+class Failing(Clips):
+    def __getitem__(self, number):
+        raise VideoReadError("clip.mp4", "damaged")
+
+
+class Broken(Clips):
+    def __getitem__(self, number):
+        raise RuntimeError("something else")
 
 
 def config(workers=0, timeout_s=60.0):
@@ -87,14 +100,22 @@ def test_the_test_takes_every_clip_once_in_order():
 
 
 def test_a_hanging_loader_process_is_an_error():
-    batches = training_batches(Hanging(), config(workers=1, timeout_s=1.0), seed=0, steps=1)
-    with pytest.raises(TimeoutError, match=r"expected a batch in time.*data\.timeout_s"):
-        train(
-            torch.nn.Flatten(),
-            batches,
-            None,
-            OptimConfig(steps=1),
-            steps=1,
-            device=torch.device("cpu"),
-            on_step=lambda record: None,
-        )
+    batches = training_batches(Hanging(), config(workers=1, timeout_s=0.5), seed=0, steps=1)
+    with pytest.raises(TimeoutError, match=r"data: expected a batch in time.*data\.timeout_s"):
+        next(iter(batches))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_video_that_keeps_failing_is_one_line(workers):
+    batches = training_batches(Failing(), config(workers), seed=0, steps=1)
+    with pytest.raises(VideoReadError) as caught:
+        next(iter(batches))
+    assert str(caught.value) == (
+        "video reader: expected a video that can be decoded, got clip.mp4 (damaged); "
+        "repair the file or take it out of the folder"
+    )
+
+
+def test_other_errors_of_the_loader_pass_through():
+    with pytest.raises(RuntimeError, match="something else"):
+        next(iter(training_batches(Broken(), config(), seed=0, steps=1)))

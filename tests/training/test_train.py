@@ -91,6 +91,8 @@ def test_checkpoint_of_another_network_is_refused(generated, tmp_path, capsys):
     resume = f"run.resume={tmp_path / 'one' / 'model.pt'}"
     assert main([*argv, "model.width=1", resume, f"run.out={tmp_path / 'two'}"]) == 2
     assert "expected in run.resume a checkpoint of this network" in capsys.readouterr().err
+    assert main([*argv, "optim.steps=1", resume, f"run.out={tmp_path / 'two'}"]) == 2
+    assert "fewer than 1 steps, got one of 1; raise optim.steps" in capsys.readouterr().err
 
 
 def test_videos_that_cannot_be_read_are_counted_and_listed(videos, tmp_path, capsys):

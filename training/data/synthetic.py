@@ -26,8 +26,9 @@ from torch import Tensor
 CLASSES = ("different", "same")
 SHAPES = ("disk", "cross", "ring", "triangle")
 
-# For a picture of 48 pixels; other sizes scale them. Objects are as large as two of them fit side
-# by side; smaller ones (110 to 170 pixels) or squares beside disks are learned more slowly.
+# For a picture of 48 pixels; other sizes scale them. Large, bright objects of these four shapes are
+# learned fastest: areas of 110 to 170, colours from 0 on, or a square and an upright plus in place
+# of disk and cross took longer than 450 steps of 32 clips or stopped at telling one shape apart.
 _AREA = (140.0, 210.0)
 _MARGIN_X, _MARGIN_Y = 11.5, 14.5
 _COLOUR = (110.0, 255.0)
