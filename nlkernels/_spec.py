@@ -66,6 +66,11 @@ def check_operands(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
                 f"nonlocal_attention: expected {name} to be a tensor, got {type(tensor).__name__}; "
                 "convert it with torch.as_tensor"
             )
+        if tensor.layout != torch.strided:
+            raise TypeError(
+                f"nonlocal_attention: expected {name} to be a dense tensor, got {tensor.layout}; "
+                "convert it with .to_dense()"
+            )
         if tensor.dim() != 3:
             raise ValueError(
                 f"nonlocal_attention: expected {name} of 3 dimensions (batch, positions, "

@@ -162,6 +162,10 @@ def _autocast(*operands):
     )
 
 
+def _is_size(number: object) -> bool:
+    return isinstance(number, int | float) and math.isfinite(number) and number >= 0
+
+
 def _requested(backend: str, workspace_mib: float | None) -> str:
     """The backend that a call asks for, by argument or environment."""
     if backend == "auto":
@@ -169,9 +173,9 @@ def _requested(backend: str, workspace_mib: float | None) -> str:
         check_choice("NLKERNELS_BACKEND", "the value", backend, BACKENDS)
     else:
         check_choice("nonlocal_attention", "backend", backend, BACKENDS)
-    if workspace_mib is not None and not workspace_mib >= 0:
+    if workspace_mib is not None and not _is_size(workspace_mib):
         raise ValueError(
-            f"nonlocal_attention: expected workspace_mib of 0 or more, got {workspace_mib}; "
-            "None gives the device's default"
+            "nonlocal_attention: expected workspace_mib to be a finite number of 0 or more, got "
+            f"{workspace_mib!r}; None gives the device's default"
         )
     return backend

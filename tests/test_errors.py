@@ -33,6 +33,9 @@ CALLS = {
     "scale_type": ((Q, K, V), {"scale": "1"}, TypeError, "number or None, got str; pass float"),
     "scale_nan": ((Q, K, V), {"scale": float("nan")}, ValueError, "finite scale, got nan"),
     "workspace": ((Q, K, V), {"workspace_mib": -1}, ValueError, "0 or more, got -1"),
+    "workspace_inf": ((Q, K, V), {"workspace_mib": float("inf")}, ValueError, "got inf; None"),
+    "workspace_text": ((Q, K, V), {"workspace_mib": "1"}, ValueError, "got '1'; None gives"),
+    "sparse": ((Q.to_sparse(), K, V), {}, TypeError, "query to be a dense tensor.*to_dense()"),
     "mask": ((Q, K, V), {"attn_mask": Q}, TypeError, "unexpected keyword argument"),
 }
 
