@@ -37,7 +37,8 @@ class PeakMemory:
     def __enter__(self) -> "PeakMemory":
         gc.collect()
         # torch's profiler announces every start and stop on stderr below this level of its own.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+        self._level = os.environ.get("KINETO_LOG_LEVEL")
+        os.environ["KINETO_LOG_LEVEL"] = "6" if self._level is None else self._level
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -54,6 +55,8 @@ class PeakMemory:
             peak_bytes = torch.cuda.max_memory_allocated(self.device) - self._start_bytes
             self.device_mib = peak_bytes / MIB
         self._profile.__exit__(*exception)
+        if self._level is None:
+            del os.environ["KINETO_LOG_LEVEL"]
         self.live_mib = self._peak_bytes() / MIB
 
     def _peak_bytes(self) -> int:

@@ -1,14 +1,23 @@
 """Which backend runs a problem, and why the others do not."""
 
-import functools
-import importlib
-import json
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import torch
 
 from nlkernels._spec import Problem
 
-OPS = ("softmax", "dot_product")
+
+class Operation(NamedTuple):
+    """What dispatch knows of an operation; its `op` module registers it in `OPERATIONS`."""
+
+    backends: tuple[str, ...]
+    supports: Callable[[str, Problem], list[str]]
+    inside: Mapping[str, Any]
+    table: Mapping[str, tuple[Mapping[str, Any], ...]]
+
+
+OPERATIONS: dict[str, Operation] = {}
 
 
 class Explanation(NamedTuple):
@@ -33,17 +42,21 @@ class Explanation(NamedTuple):
         return "\n".join([self.problem, *lines])
 
 
-@functools.cache
-def operation(name: str):
-    """The `op` module of an operation."""
-    return importlib.import_module(f"nlkernels.ops.{name}.op")
+def module(op: str, backend: str, direction: str, *operands: torch.Tensor) -> Any:
+    """The backend module that runs one pass inside the opaque operator.
 
-
-def require(op: str, backend: str, problem: Problem) -> None:
-    """Raise NotImplementedError unless `backend` serves `problem`."""
-    reasons = operation(op).supports(backend, problem)
-    if reasons:
+    Raises:
+        NotImplementedError: `backend` is named and does not serve the operands.
+    """
+    problem = Problem.of(*operands)
+    operation = OPERATIONS[op]
+    if backend == "auto":
+        # On GPUs torch's attention keeps tensors of its own: it is no backend inside the operator.
+        inside = [b for b in operation.inside if b != "sdpa" or problem.device == "cpu"]
+        backend = choose(op, problem, inside, direction)
+    elif reasons := operation.supports(backend, problem):
         raise NotImplementedError(refusal(op, backend, problem, reasons))
+    return operation.inside[backend]
 
 
 def refusal(op: str, backend: str, problem: Problem, reasons: list[str]) -> str:
@@ -57,7 +70,7 @@ def refusal(op: str, backend: str, problem: Problem, reasons: list[str]) -> str:
 def choose(
     op: str,
     problem: Problem,
-    inside: tuple[str, ...] | None = None,
+    inside: Collection[str] | None = None,
     direction: str = "forward",
 ) -> str:
     """The fastest backend for `problem` by the shipped measurements.
@@ -68,7 +81,7 @@ def choose(
         inside: only these backends, those that run inside the opaque operator.
         direction: "forward" or "backward"; the two passes are chosen for separately.
     """
-    supports = operation(op).supports
+    supports = OPERATIONS[op].supports
     for backend, _ in preference(op, problem, direction):
         if (inside is None or backend in inside) and not supports(backend, problem):
             return backend
@@ -78,28 +91,25 @@ def choose(
 def preference(op: str, problem: Problem, direction: str = "forward") -> list[tuple[str, str]]:
     """Backends from the fastest on, each with the measurement that says so."""
     scores = problem.queries * problem.keys
-    for row in _table(op).get(problem.device, ()):
-        fits = scores <= row.get("scores_up_to", scores)
-        fits = fits and row.get("pass", direction) == direction
-        if fits and problem.dtype_name in row["dtypes"]:
+    for row in OPERATIONS[op].table.get(problem.device, ()):
+        fits = problem.dtype_name in row["dtypes"] and row.get("pass", direction) == direction
+        if fits and "scores_up_to" in row:
+            fits = scores <= row["scores_up_to"]
+        if fits and "deterministic" in row:
+            fits = row["deterministic"] == torch.are_deterministic_algorithms_enabled()
+        if fits:
             return [(backend, row["because"]) for backend in row["order"]]
     return [("chunked", "serves every device; nothing was measured on this one")]
 
 
-@functools.cache
-def _table(op: str) -> dict:
-    path = Path(operation(op).__file__).with_name("choice.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
 def explain(op: str, problem: Problem, requested: str) -> Explanation:
     """Say for every backend of `op` why it runs `problem` or why not."""
-    module = operation(op)
+    operation = OPERATIONS[op]
     order = dict(preference(op, problem))
     chosen = choose(op, problem) if requested == "auto" else requested
     reasons = {}
-    for backend in module.BACKENDS:
-        against = module.supports(backend, problem)
+    for backend in operation.backends:
+        against = operation.supports(backend, problem)
         if against:
             reasons[backend] = "; ".join(against)
         elif requested != "auto":
@@ -116,8 +126,8 @@ def explain(op: str, problem: Problem, requested: str) -> Explanation:
     if requested == "auto" and problem.device == "cpu" and backward != chosen:
         why = dict(preference(op, problem, "backward")).get(backward, "nothing faster serves it")
         reasons[chosen] += f"; the backward runs in {backward}: {why}"
-    if requested != "auto" and module.supports(requested, problem):
+    if requested != "auto" and operation.supports(requested, problem):
         raise NotImplementedError(
-            refusal(op, requested, problem, module.supports(requested, problem))
+            refusal(op, requested, problem, operation.supports(requested, problem))
         )
     return Explanation(f"{op}: {problem}", chosen, reasons)

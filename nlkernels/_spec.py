@@ -19,15 +19,13 @@ class Problem(NamedTuple):
     value_depth: int
     dtype: torch.dtype
     device: str
-    unit_stride: bool
 
     @classmethod
     def of(cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> "Problem":
         """Describe operands that `check_operands` has accepted."""
-        unit = all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in (query, key, value))
         batch, queries, depth = query.shape
         _, keys, value_depth = value.shape
-        return cls(batch, queries, keys, depth, value_depth, query.dtype, query.device.type, unit)
+        return cls(batch, queries, keys, depth, value_depth, query.dtype, query.device.type)
 
     @property
     def dtype_name(self) -> str:

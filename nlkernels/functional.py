@@ -60,15 +60,18 @@ def nonlocal_attention(
     Memory:
         The backend chunked: at most `workspace_mib`, and for 16-bit dtypes what the docstring of
         nlkernels/ops/<op>/chunked.py adds. Kept for the backward, by every backend but "reference"
-        and, on GPUs, "sdpa": the operands,
-        the output and 4 bytes a query (8 in float64).
+        and, on GPUs, "sdpa": the operands; for softmax and gaussian also the output and 4 bytes a
+        query (8 in float64).
 
     Determinism:
-        Bitwise repeatable, forward and backward, for a device and thread count: no atomics.
+        Bitwise repeatable, forward and backward, for a device and thread count: no atomics. On GPUs
+        the backend "sdpa" is as repeatable as torch's kernels; "auto" leaves it while
+        torch.use_deterministic_algorithms is on.
 
     Differentiation:
-        Twice differentiable: gradients of gradients go through the definition, tile by tile.
-        vmap and forward mode raise RuntimeError.
+        Gradients of gradients go through the definition, tile by tile; gradients of those through
+        the whole definition, in N x M memory. vmap, forward mode and nested torch.func gradients
+        raise RuntimeError.
 
     Example:
         >>> import torch, nlkernels
@@ -142,7 +145,7 @@ def _prepare(query, key, value, kind: str, scale: float | None):
             f"nonlocal_attention: expected scale to be a number or None, got "
             f"{type(scale).__name__}; pass float(scale)"
         )
-    elif not math.isfinite(scale):
+    elif not -math.inf < scale < math.inf:
         raise ValueError(
             f"nonlocal_attention: expected a finite scale, got {scale}; "
             "None gives the kind's default"
@@ -163,7 +166,7 @@ def _autocast(*operands):
 
 
 def _is_size(number: object) -> bool:
-    return isinstance(number, int | float) and math.isfinite(number) and number >= 0
+    return isinstance(number, int | float) and 0 <= number < math.inf
 
 
 def _requested(backend: str, workspace_mib: float | None) -> str:

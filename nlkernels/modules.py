@@ -1,10 +1,13 @@
 """Non-local blocks as modules."""
 
+import math
+
 import torch
 from torch import nn
 
+from nlkernels._select import Explanation
 from nlkernels._spec import BACKENDS, KINDS, check_choice, default_scale, describe
-from nlkernels.functional import nonlocal_attention
+from nlkernels.functional import explain, nonlocal_attention
 
 POOL_ORDERS = ("before", "after")
 NORMS = ("batch", None)
@@ -80,9 +83,10 @@ class NonLocalBlock3d(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        inner = max(dim // 2, 1) if inner is None else inner
+        if inner is None:
+            inner = max(dim // 2, 1) if isinstance(dim, int) else 1
         self._check_options(dim, inner, kind, pool, pool_order, norm, zero_init, init)
-        self._check_group(temporal_group)
+        self._check_numbers(temporal_group, scale, norm_eps)
         self.dim, self.inner, self.kind, self.pool_order = dim, inner, kind, pool_order
         self.scale, self.temporal_group, self.backend = scale, temporal_group, None
         self.pool_size = None if pool is None else tuple(pool)
@@ -105,13 +109,11 @@ class NonLocalBlock3d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, dim, T, H, W) -> the same."""
         self._check_input(x)
-        group = self.temporal_group
-        if group is None or group >= x.shape[2]:
+        folded = self._fold(x)
+        if folded is x:
             return self._block(x)
-        frames = x.shape[2]
-        folded = x.unflatten(2, (frames // group, group)).transpose(1, 2).flatten(0, 1)
-        out = self._block(folded)
-        return out.unflatten(0, (x.shape[0], frames // group)).transpose(1, 2).flatten(2, 3)
+        out = self._block(folded).unflatten(0, (x.shape[0], -1))
+        return out.transpose(1, 2).flatten(2, 3).contiguous(memory_format=_memory_format(x))
 
     def attention_map(self, x: torch.Tensor, query: tuple[int, int, int]) -> torch.Tensor:
         """Affinity of one query position to every key position, one row of the matrix.
@@ -137,10 +139,9 @@ class NonLocalBlock3d(nn.Module):
             torch.Size([1, 4, 3, 3])
         """
         self._check_input(x)
-        inside = len(query) == 3 and all(
-            0 <= q < n for q, n in zip(query, x.shape[2:], strict=True)
-        )
-        if not inside:
+        inside = isinstance(query, tuple | list) and len(query) == 3
+        inside = inside and all(isinstance(q, int) for q in query)
+        if not inside or not all(0 <= q < n for q, n in zip(query, x.shape[2:], strict=True)):
             raise ValueError(
                 f"attention_map: expected query (t, y, x) inside {tuple(x.shape[2:])}, got "
                 f"{query}; positions count from 0 in the block's input"
@@ -153,12 +154,38 @@ class NonLocalBlock3d(nn.Module):
         row = point if self.kind == "gaussian" else self.theta(point)
         keys = self._keys(x)
         scale = default_scale(self.kind, self.inner) if self.scale is None else self.scale
-        scores = torch.bmm(row.flatten(2).mT, keys.flatten(2)).squeeze(1) * scale
+        # In float32: a float16 score may exceed its range while the affinity does not.
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        row, columns = row.flatten(2).to(wide), keys.flatten(2).to(wide)
+        with torch.autocast(x.device.type, enabled=False):
+            scores = torch.bmm(row.mT, columns).squeeze(1) * scale
         if self.kind == "dot_product":
             affinity = scores / scores.shape[1]
         else:
             affinity = torch.softmax(scores, dim=-1)
-        return affinity.unflatten(1, keys.shape[2:])
+        return affinity.to(keys.dtype).unflatten(1, keys.shape[2:])
+
+    def explain(self, x: torch.Tensor) -> Explanation:
+        """Say which backend attends for an input like `x`, and why the others do not.
+
+        Args:
+            x: (B, dim, T, H, W).
+
+        Returns:
+            An `Explanation`, of one group's attention where `temporal_group` is set.
+
+        Raises:
+            What `forward` raises.
+
+        Example:
+            >>> import torch, nlkernels
+            >>> block = nlkernels.NonLocalBlock3d(64, kind="dot_product")
+            >>> block.explain(torch.zeros(2, 64, 4, 14, 14)).backend
+            'chunked'
+        """
+        self._check_input(x)
+        with torch.no_grad():
+            return explain("nonlocal_attention", *self._rows(self._fold(x)), **self._options())
 
     def extra_repr(self) -> str:
         pooled = f"pool={self.pool_size} {self.pool_order}" if self.pool_size else "no pool"
@@ -168,20 +195,28 @@ class NonLocalBlock3d(nn.Module):
             f"backend={self.backend if self.backend else 'auto'}"
         )
 
+    def _fold(self, x: torch.Tensor) -> torch.Tensor:
+        """Groups of frames as items of the batch: (B T/t, C, t, H, W)."""
+        group = self.temporal_group
+        if group is None or group >= x.shape[2]:
+            return x
+        return x.unflatten(2, (-1, group)).transpose(1, 2).flatten(0, 1)
+
     def _block(self, x: torch.Tensor) -> torch.Tensor:
-        query = x if self.kind == "gaussian" else self.theta(x)
-        key, value = self._keys(x), self._pooled(self.g, x)
-        rows = nonlocal_attention(
-            *(t.flatten(2).mT for t in (query, key, value)),
-            kind=self.kind,
-            scale=self.scale,
-            backend="auto" if self.backend is None else self.backend,
-        )
-        attended = rows.mT.unflatten(2, query.shape[2:])
-        if not x.is_contiguous(memory_format=torch.channels_last_3d):
-            attended = attended.contiguous()
-        out = self.out(attended)
+        rows = nonlocal_attention(*self._rows(x), **self._options())
+        attended = rows.mT.unflatten(2, x.shape[2:])
+        out = self.out(attended.contiguous(memory_format=_memory_format(x)))
         return x + (out if self.norm is None else self.norm(out))
+
+    def _rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Operands (B,N,D), (B,M,D), (B,M,V) of the attention, views of the projections."""
+        query = x if self.kind == "gaussian" else self.theta(x)
+        operands = (query, self._keys(x), self._pooled(self.g, x))
+        return tuple(t.flatten(2).mT for t in operands)
+
+    def _options(self) -> dict[str, object]:
+        backend = "auto" if self.backend is None else self.backend
+        return {"kind": self.kind, "scale": self.scale, "backend": backend}
 
     def _keys(self, x: torch.Tensor) -> torch.Tensor:
         if self.kind == "gaussian":
@@ -194,7 +229,23 @@ class NonLocalBlock3d(nn.Module):
         return projection(self.pool(x)) if self.pool_order == "before" else self.pool(projection(x))
 
     def _check_input(self, x: torch.Tensor) -> None:
-        if x.dim() != 5 or x.shape[1] != self.dim:
+        weight = self.g.weight
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(
+                f"NonLocalBlock3d: expected a tensor, got {type(x).__name__}; "
+                "convert it with torch.as_tensor"
+            )
+        if x.device != weight.device:
+            raise ValueError(
+                f"NonLocalBlock3d: expected input on {weight.device}, got {describe(x)}; "
+                "move it or the block with .to(device)"
+            )
+        if x.dtype != weight.dtype and not _autocasts(x):
+            raise TypeError(
+                f"NonLocalBlock3d: expected input of {weight.dtype}, got {describe(x)}; "
+                "cast it or the block with .to(dtype), or use autocast"
+            )
+        if x.dim() != 5 or x.shape[1] != self.dim or 0 in x.shape[2:]:
             raise ValueError(
                 f"NonLocalBlock3d: expected (B, {self.dim}, T, H, W), got {describe(x)}; "
                 "the block is built for one number of channels, and a clip needs its own time axis"
@@ -212,7 +263,14 @@ class NonLocalBlock3d(nn.Module):
             )
 
     @staticmethod
-    def _check_group(temporal_group: int | None) -> None:
+    def _check_numbers(temporal_group: object, scale: object, norm_eps: object) -> None:
+        for name, number in (("scale", scale), ("norm_eps", norm_eps)):
+            number = 0.0 if number is None else number
+            if not isinstance(number, int | float) or not -math.inf < number < math.inf:
+                raise ValueError(
+                    f"NonLocalBlock3d: expected {name} to be a finite number, got {number!r}; "
+                    "leave it out for the default"
+                )
         if temporal_group is not None and (
             not isinstance(temporal_group, int) or temporal_group < 1
         ):
@@ -225,7 +283,7 @@ class NonLocalBlock3d(nn.Module):
     def _check_options(dim, inner, kind, pool, pool_order, norm, zero_init, init) -> None:
         where = "NonLocalBlock3d"
         for name, number in (("dim", dim), ("inner", inner)):
-            if not isinstance(number, int) or number < 1:
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
                 raise ValueError(
                     f"{where}: expected {name} of 1 or more, got {number!r}; pass channels"
                 )
@@ -238,8 +296,10 @@ class NonLocalBlock3d(nn.Module):
             if value is not None:
                 check_choice(where, name, value, choices[:-1])
         check_choice(where, "init", init, INITS)
-        if pool is not None and (
-            len(tuple(pool)) != 3 or any(not isinstance(p, int) or p < 1 for p in pool)
+        if pool is not None and not (
+            isinstance(pool, tuple | list)
+            and len(pool) == 3
+            and all(isinstance(p, int) and p >= 1 for p in pool)
         ):
             raise ValueError(
                 f"{where}: expected pool to be three positive sizes (t, h, w) or None, got "
@@ -288,6 +348,11 @@ def set_nonlocal_backend(model: nn.Module, backend: str) -> int:
         1
     """
     check_choice("set_nonlocal_backend", "backend", backend, BACKENDS)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"set_nonlocal_backend: expected a module, got {type(model).__name__}; "
+            "pass the model whose blocks are to be switched"
+        )
     blocks = [m for m in model.modules() if isinstance(m, NonLocalBlock3d)]
     if not blocks:
         raise ValueError(
@@ -297,3 +362,14 @@ def set_nonlocal_backend(model: nn.Module, backend: str) -> int:
     for block in blocks:
         block.set_backend(backend)
     return len(blocks)
+
+
+def _memory_format(x: torch.Tensor) -> torch.memory_format:
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.contiguous_format
+    return torch.channels_last_3d
+
+
+def _autocasts(x: torch.Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

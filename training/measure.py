@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nlkernels import NonLocalBlock3d, explain
+from nlkernels import NonLocalBlock3d
 from nlkernels._memory import MIB, PeakMemory
 
 from .config import OptimConfig, ProfileConfig
@@ -167,7 +167,7 @@ def attention_sizes(model: nn.Module, *, frames: int, size: int) -> list[dict[st
         pool = (1, 1, 1) if block.pool_size is None else block.pool_size
         n = math.prod(positions)
         m = math.prod(size // by for size, by in zip(positions, pool, strict=True))
-        backend = _backend(block, x, n, m)
+        backend = block.explain(x).backend
         sizes.append({"block": names[block], "n": n, "m": m, "backend": backend})
 
     handles = [
@@ -186,17 +186,6 @@ def attention_sizes(model: nn.Module, *, frames: int, size: int) -> list[dict[st
             handle.remove()
         model.train(training)
     return sizes
-
-
-def _backend(block: NonLocalBlock3d, x: Tensor, n: int, m: int) -> str:
-    width = block.dim if block.kind == "gaussian" else block.inner
-    operands = [
-        torch.empty(x.shape[0], rows, columns, dtype=x.dtype, device=x.device, requires_grad=True)
-        for rows, columns in ((n, width), (m, width), (m, block.inner))
-    ]
-    backend = "auto" if block.backend is None else block.backend
-    with torch.enable_grad():
-        return explain("nonlocal_attention", *operands, kind=block.kind, backend=backend).backend
 
 
 def _quantiles(values: list[float]) -> Quantiles:

@@ -32,6 +32,14 @@ def double_backward(
     Returns:
         Gradients of the four operands, accumulated in at least float32.
     """
+    device = operands[1].device.type
+    with torch.autocast(device, enabled=False):
+        if torch.is_grad_enabled():
+            return _differentiable(attention, operands, scale, cotangents)
+        return _tiled(attention, operands, scale, cotangents)
+
+
+def _tiled(attention, operands, scale, cotangents) -> tuple[torch.Tensor, ...]:
     original = operands[1].dtype
     dtype = torch.promote_types(compute_dtype(original), torch.float32)
     grad, query, key, value = (t.detach().to(dtype) for t in operands)
@@ -40,21 +48,30 @@ def double_backward(
     columns = max(key.shape[1], query.shape[2], value.shape[2])
     budget = scores_per_tile(query.device, _MATRICES * dtype.itemsize, None)
     for items, part in tiles(query.shape[0], query.shape[1], columns, budget):
+        tile = (grad[items, part], query[items, part], key[items], value[items])
         with torch.enable_grad():
-            tile = [
-                t.detach().requires_grad_()
-                for t in (grad[items, part], query[items, part], key[items], value[items])
-            ]
-            out = attention(*tile[1:], scale)
-            first = torch.autograd.grad(out, tile[1:], tile[0], create_graph=True)
-            second = torch.autograd.grad(
-                first,
-                tile,
+            second = _second(
+                attention,
+                [t.detach().requires_grad_() for t in tile],
+                scale,
                 (d_query[items, part], d_key[items], d_value[items]),
-                materialize_grads=True,
             )
         sums[0][items, part] = second[0]
         sums[1][items, part] = second[1]
         sums[2][items] += second[2]
         sums[3][items] += second[3]
     return tuple(t.to(original) for t in sums)
+
+
+def _differentiable(attention, operands, scale, cotangents) -> tuple[torch.Tensor, ...]:
+    """The same as part of a graph, for gradients of a third order and above."""
+    inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in operands]
+    return _second(attention, inputs, scale, cotangents, create_graph=True)
+
+
+def _second(attention, inputs, scale, cotangents, create_graph=False) -> tuple[torch.Tensor, ...]:
+    out = attention(*inputs[1:], scale)
+    first = torch.autograd.grad(out, inputs[1:], inputs[0], create_graph=True)
+    return torch.autograd.grad(
+        first, inputs, cotangents, create_graph=create_graph, materialize_grads=True
+    )

@@ -11,7 +11,7 @@ products are summed in float32 and rounded, as those of every other matrix produ
 Memory beyond inputs and outputs, E bytes an element:
   linear    : D V E (forward), 2 D V E (backward) for each batch item;
   quadratic : tile of scores x E, two tiles in the backward, at most `workspace_mib` (10 on CPUs, 40
-              on GPUs) or 16 rows; in 16-bit dtypes + 4 M (D + V) + 2 M max(D, V) for the sums of
+              on GPUs) or 16 rows; in bfloat16 + 4 M (D + V) + 6 M max(D, V) for the sums of
               one batch item;
   float16   : computed in float32, + 4 bytes for each element of the operands and results.
 """

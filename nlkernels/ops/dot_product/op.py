@@ -12,6 +12,7 @@ from nlkernels._spec import Problem
 from nlkernels.ops import _autograd
 from nlkernels.ops._library import define
 from nlkernels.ops.dot_product import chunked, reference
+from nlkernels.ops.dot_product.choice import TABLE
 
 NAME = "dot_product"
 BACKENDS = ("reference", "chunked")
@@ -72,7 +73,6 @@ class _DotProductBackward(torch.autograd.Function):
         ctx.save_for_backward(grad, query, key, value)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *cotangents):
         grads = _autograd.double_backward(
             reference.attention, ctx.saved_tensors, ctx.scale, cotangents
@@ -80,13 +80,7 @@ class _DotProductBackward(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def _module(query, key, value, backend, direction):
-    problem = Problem.of(query, key, value)
-    if backend == "auto":
-        backend = _select.choose(NAME, problem, inside=tuple(_INSIDE), direction=direction)
-    else:
-        _select.require(NAME, backend, problem)
-    return _INSIDE[backend]
+_select.OPERATIONS[NAME] = _select.Operation(BACKENDS, supports, _INSIDE, TABLE)
 
 
 @define(
@@ -94,7 +88,7 @@ def _module(query, key, value, backend, direction):
     "float? workspace_mib) -> Tensor"
 )
 def _forward(query, key, value, scale, backend, workspace_mib):
-    module = _module(query, key, value, backend, "forward")
+    module = _select.module(NAME, backend, "forward", query, key, value)
     return module.forward(query, key, value, scale, workspace_mib)
 
 
@@ -103,7 +97,7 @@ def _forward(query, key, value, scale, backend, workspace_mib):
     "str backend, float? workspace_mib) -> (Tensor, Tensor, Tensor)"
 )
 def _backward(grad, query, key, value, scale, backend, workspace_mib):
-    module = _module(query, key, value, backend, "backward")
+    module = _select.module(NAME, backend, "backward", query, key, value)
     return module.backward(grad, query, key, value, scale, workspace_mib)
 
 

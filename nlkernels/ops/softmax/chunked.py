@@ -15,9 +15,10 @@ Only query, key, value, out and lse are kept in between; other backends need the
 Memory beyond inputs and outputs, E bytes an element and A = max(E, 4):
   tile      : forward A + E bytes a score, backward 2 A + E, less E where A = E; in all at most
               `workspace_mib` (10 on CPUs, 40 on GPUs), or 16 rows where those take more;
-  backward  : in 16-bit dtypes + 4 M (D + V) + 2 M max(D, V) for the float32 sums of one batch item,
+  backward  : in bfloat16 + 4 M (D + V) + 6 M max(D, V) for the float32 sums of one batch item,
               unless the item is one tile;
-  float16   : computed in float32, + 4 bytes for each element of the operands and results.
+  float16   : computed in float32, + 4 bytes for each element of the operands and results;
+  always    : a few numbers for each row of a tile, and torch's scratch of at most 0.5 MiB.
 """
 
 import math
@@ -73,8 +74,8 @@ def backward(
     """Return the gradients of query, key and value, in their dtypes."""
     dtype = compute_dtype(query.dtype)
     if dtype != query.dtype:
-        operands = (t.to(dtype) for t in (grad, query, key, value, out))
-        d_query, d_key, d_value = backward(*operands, lse, scale, workspace_mib)
+        operands = (t.to(dtype) for t in (grad, query, key, value))
+        d_query, d_key, d_value = backward(*operands, out, lse, scale, workspace_mib)
         return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype)
     rows, device = query.shape[1], query.device
     d_query, d_key, d_value = (torch.empty_like(t) for t in (query, key, value))

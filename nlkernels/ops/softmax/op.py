@@ -16,6 +16,7 @@ from nlkernels.ops import _autograd
 from nlkernels.ops._library import define
 from nlkernels.ops._tiles import accumulator_dtype
 from nlkernels.ops.softmax import chunked, reference, sdpa
+from nlkernels.ops.softmax.choice import TABLE
 
 NAME = "softmax"
 BACKENDS = ("reference", "chunked", "sdpa")
@@ -84,7 +85,6 @@ class _SoftmaxBackward(torch.autograd.Function):
         ctx.save_for_backward(grad, query, key, value)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *cotangents):
         grads = _autograd.double_backward(
             reference.attention, ctx.saved_tensors, ctx.scale, cotangents
@@ -92,13 +92,7 @@ class _SoftmaxBackward(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
-def _module(query, key, value, backend, direction):
-    problem = Problem.of(query, key, value)
-    if backend == "auto":
-        backend = _select.choose(NAME, problem, inside=tuple(_INSIDE), direction=direction)
-    else:
-        _select.require(NAME, backend, problem)
-    return _INSIDE[backend]
+_select.OPERATIONS[NAME] = _select.Operation(BACKENDS, supports, _INSIDE, TABLE)
 
 
 @define(
@@ -106,7 +100,7 @@ def _module(query, key, value, backend, direction):
     "float? workspace_mib) -> (Tensor, Tensor)"
 )
 def _forward(query, key, value, scale, backend, workspace_mib):
-    module = _module(query, key, value, backend, "forward")
+    module = _select.module(NAME, backend, "forward", query, key, value)
     return module.forward(query, key, value, scale, workspace_mib)
 
 
@@ -115,7 +109,7 @@ def _forward(query, key, value, scale, backend, workspace_mib):
     "float scale, str backend, float? workspace_mib) -> (Tensor, Tensor, Tensor)"
 )
 def _backward(grad, query, key, value, out, lse, scale, backend, workspace_mib):
-    module = _module(query, key, value, backend, "backward")
+    module = _select.module(NAME, backend, "backward", query, key, value)
     return module.backward(grad, query, key, value, out, lse, scale, workspace_mib)
 
 

@@ -2,7 +2,11 @@
 
 On CPUs the flash kernel is called through the operator that also returns the log-sum-exp, so it
 keeps the contract of the other backends. On GPUs it is a composite outside the operator: torch
-chooses among its fused kernels and saves what it needs.
+chooses among its fused kernels and saves what it needs, and its backward need not be repeatable.
+
+Memory beyond inputs and outputs: a row-major copy of each operand whose last stride is not 1, as
+the fused kernels read only such; on CPUs per thread float32 buffers of at most 256 x 512 scores and
+256 rows of V, in the backward a row-major copy of the incoming gradient; nothing of N x M.
 """
 
 import math
@@ -21,8 +25,6 @@ ALIGNMENT = {torch.float16: 8, torch.bfloat16: 8, torch.float32: 4}
 def unsupported(problem: Problem) -> list[str]:
     """Why torch would fall back to its materialising math path; empty when a fused kernel runs."""
     reasons = []
-    if not problem.unit_stride:
-        reasons.append("its fused kernels need a last stride of 1; call .contiguous()")
     if problem.queries == 0 or problem.keys == 0 or problem.batch == 0:
         reasons.append("its fused kernels refuse empty operands")
     if problem.device == "cpu":
@@ -46,9 +48,7 @@ def composite(
 ) -> torch.Tensor:
     """Attention on a GPU by torch's fused kernels, never by its math path."""
     with sdpa_kernel(FUSED):
-        out = scaled_dot_product_attention(
-            query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), scale=scale
-        )
+        out = scaled_dot_product_attention(*_heads(query, key, value), scale=scale)
     return out.squeeze(1)
 
 
@@ -61,9 +61,14 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return out (B,N,V) and the base-2 lse (B,N), on a CPU."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), scale=scale
+        *_heads(query, key, value), scale=scale
     )
-    return out.squeeze(1).contiguous(), lse.view(query.shape[:2]) * math.log2(math.e)
+    out, lse = out.squeeze(1).contiguous(), lse.view(query.shape[:2]) * math.log2(math.e)
+    undefined = ~lse.isfinite()
+    if undefined.any():
+        # The kernel turns rows with an infinite score into zeros, the definition into NaN.
+        out.masked_fill_(undefined.unsqueeze(-1), float("nan"))
+    return out, lse
 
 
 def backward(
@@ -77,9 +82,14 @@ def backward(
     workspace_mib: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key and value, on a CPU."""
-    grad, query, key, value, out = (t.unsqueeze(1) for t in (grad, query, key, value, out))
     lse = (lse * math.log(2.0)).unsqueeze(1)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad.contiguous(), query, key, value, out, lse, 0.0, False, scale=scale
+        *_heads(grad, query, key, value, out), lse, 0.0, False, scale=scale
     )
-    return tuple(g.squeeze(1) for g in grads)
+    likes = (query, key, value)
+    return tuple(torch.empty_like(t).copy_(g.squeeze(1)) for t, g in zip(likes, grads, strict=True))
+
+
+def _heads(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(B,1,N,D) forms with a last stride of 1: the CPU kernel misreads others in silence."""
+    return tuple((t if t.stride(-1) == 1 else t.contiguous()).unsqueeze(1) for t in operands)

@@ -1,0 +1,3 @@
+"""Which backend `auto` prefers: there is one."""
+
+TABLE: dict = {}
