@@ -7,20 +7,21 @@ VIDEOS ?=
 PIP_INSTALL := -m pip install --quiet --no-compile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gates lint clean
+.PHONY: help demo videos-folder test gates lint clean
 
 help: ## this text
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 	@echo "  variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  VIDEOS=dir (make demo)"
 
-demo: .venv/ready ## compare the network with and without blocks; VIDEOS=dir trains on that folder too
-ifneq ($(strip $(VIDEOS)),)
-	@test -d "$(VIDEOS)" || { echo "make demo: VIDEOS: expected a folder, got '$(VIDEOS)'"; exit 2; }
-endif
+demo: videos-folder .venv/ready ## compare the network with and without blocks; VIDEOS=dir trains on that folder too
 	.venv/bin/nlk compare demo run.out=runs/demo
 ifneq ($(strip $(VIDEOS)),)
 	.venv/bin/nlk train demo_videos data.root="$(VIDEOS)" run.out=runs/demo/videos
 endif
+
+# Before anything is installed or trained.
+videos-folder:
+	@test -z "$(VIDEOS)" || test -d "$(VIDEOS)" || { echo "make demo: VIDEOS: expected a folder, got '$(VIDEOS)'"; exit 2; }
 
 test: ## all tests but the long ones, in a fresh environment
 	rm -rf .venv-test

@@ -35,7 +35,7 @@ correct() {
 stage="$1"
 shift
 device="cuda"
-out="${OUT:-runs/on_gpu}"
+out="$(realpath -m "${OUT:-runs/on_gpu}")"
 while [[ $# -gt 0 ]]; do
     [[ $# -ge 2 ]] || usage
     case "$1" in

@@ -1,6 +1,7 @@
 """Every environment variable of the project: name, default, meaning. No other file reads one.
 
-Values are read when they are needed, never at import, so a running program may change them.
+Values are read when they are needed, never at import, so a running program may change them; a
+function that torch.compile has traced keeps those of the time it was traced.
 """
 
 import os

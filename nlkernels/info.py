@@ -136,7 +136,10 @@ def _explain(kind: str, device: str, dtype: torch.dtype) -> str:
     value = torch.empty_like(key)
     for operand in (query, key, value):
         operand.requires_grad_()
-    explanation = nlkernels.explain("nonlocal_attention", query, key, value, kind=kind)
+    try:
+        explanation = nlkernels.explain("nonlocal_attention", query, key, value, kind=kind)
+    except (NotImplementedError, ValueError) as error:
+        return f"error: {error}"
     others = [
         f"not {name}: {reason or 'able, not chosen'}"
         for name, reason in explanation.reasons.items()

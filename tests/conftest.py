@@ -27,6 +27,15 @@ def seed() -> None:
 
 
 @pytest.fixture
+def repeatable():
+    """torch's deterministic mode; what cannot be repeated warns."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(was)
+
+
+@pytest.fixture
 def poison():
     """Fill memory that torch leaves uninitialised with NaN, so that reading it shows."""
     was = torch.are_deterministic_algorithms_enabled()

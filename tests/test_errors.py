@@ -74,6 +74,11 @@ BLOCKS = {
     "init": ((8,), {"init": "xavier"}, "one of normal, kaiming, default"),
     "group": ((8,), {"temporal_group": 0}, "positive number of frames, got 0"),
     "backend": ((8,), {"backend": "cuda12"}, "NonLocalBlock3d: expected backend"),
+    "dim_text": (("8",), {}, "dim of 1 or more, got '8'"),
+    "dim_none": ((None,), {}, "dim of 1 or more, got None"),
+    "pool_number": ((8,), {"pool": 5}, "three positive sizes (t, h, w) or None, got 5"),
+    "scale": ((8,), {"scale": float("nan")}, "scale to be a finite number, got nan"),
+    "norm_eps": ((8,), {"norm_eps": "x"}, "norm_eps to be a finite number, got 'x'"),
 }
 
 
@@ -98,13 +103,33 @@ def test_block_refuses_wrong_inputs(shape, options, message):
         NonLocalBlock3d(8, **options)(torch.zeros(shape))
 
 
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (None, TypeError, "expected a tensor, got NoneType"),
+        (torch.zeros(1, 8, 2, 4, 4).half(), TypeError, "input of torch.float32, got (1, 8"),
+        (torch.zeros(1, 8, 2, 4, 4, device="meta"), ValueError, "input on cpu, got (1, 8"),
+        (torch.zeros(1, 8, 0, 4, 4), ValueError, "(B, 8, T, H, W), got (1, 8, 0, 4, 4)"),
+    ],
+    ids=["none", "half", "meta", "empty"],
+)
+def test_block_refuses_what_its_layers_would_trip_over(x, error, message):
+    with pytest.raises(error, match=pattern(message)):
+        NonLocalBlock3d(8, pool=None)(x)
+
+
 def test_attention_map_refuses_positions_outside():
     with pytest.raises(ValueError, match=r"inside \(2, 4, 4\), got \(2, 0, 0\)"):
         NonLocalBlock3d(8).attention_map(torch.zeros(1, 8, 2, 4, 4), (2, 0, 0))
+    for wrong in (5, None, (0.5, 1, 1), ("a", 1, 1)):
+        with pytest.raises(ValueError, match="positions count from 0"):
+            NonLocalBlock3d(8).attention_map(torch.zeros(1, 8, 2, 4, 4), wrong)
 
 
 def test_switching_a_model_without_blocks_is_an_error():
     with pytest.raises(ValueError, match="non-local blocks, got Linear"):
         nlkernels.set_nonlocal_backend(torch.nn.Linear(2, 2), "chunked")
+    with pytest.raises(TypeError, match="expected a module, got str"):
+        nlkernels.set_nonlocal_backend("model", "chunked")
     with pytest.raises(ValueError, match="did you mean 'reference'"):
         nlkernels.set_nonlocal_backend(NonLocalBlock3d(8), "referense")

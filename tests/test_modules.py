@@ -79,15 +79,19 @@ def test_block_equals_the_formula(kind, pool_order, pool, backend, device):
         torch.testing.assert_close(made(x), by_hand(made, x)[0], rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"scale": 0.3}, {"pool_order": "after"}, {"pool": None}], ids=str
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_attention_map_is_a_row_of_the_matrix(kind, device):
-    made = block(device, kind=kind).eval()
+def test_attention_map_is_a_row_of_the_matrix(kind, options, device):
+    made = block(device, kind=kind, **options).eval()
     x = clip(2, 6, 3, 5, 7, device=device)
     weights = by_hand(made, x)[1]
+    grid = (3, 5, 7) if made.pool is None else (3, 2, 3)
     for t, h, w in [(0, 0, 0), (1, 4, 6), (2, 2, 3)]:
         row = made.attention_map(x, (t, h, w))
-        assert row.shape == (2, 3, 2, 3)
-        expected = weights[:, (t * 5 + h) * 7 + w].unflatten(1, (3, 2, 3))
+        assert row.shape == (2, *grid)
+        expected = weights[:, (t * 5 + h) * 7 + w].unflatten(1, grid)
         torch.testing.assert_close(row, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -174,9 +178,10 @@ def test_parameter_counts_of_the_published_blocks():
     assert count(512, kind="gaussian", out_bias=False) == 263_424
 
 
+@pytest.mark.parametrize("group", [None, 1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_channels_last_is_kept_and_equal(kind, device):
-    made = block(device, kind=kind).eval()
+def test_channels_last_is_kept_and_equal(kind, group, device):
+    made = block(device, kind=kind, temporal_group=group).eval()
     x = clip(2, 6, 4, 6, 6, device=device)
     last = x.contiguous(memory_format=torch.channels_last_3d)
     out = made(last)
