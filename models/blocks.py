@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nlkernels.models.registry import nearest
+from nlkernels._spec import nearest
 from nlkernels.modules import NonLocalBlock3d
 
 VARIANTS = ("nonlocal", "local")
@@ -222,7 +222,7 @@ def check_block_options(where: str, options: Mapping[str, Any] | None) -> dict[s
 
 def check_block_count(where: str, blocks: int, counts: Collection[int]) -> None:
     """Raise a ValueError if the model has no placement for this number of blocks."""
-    if isinstance(blocks, bool) or blocks not in counts:
+    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks not in counts:
         raise ValueError(
             f"{where}: expected blocks to be one of {', '.join(map(str, counts))}, "
             f"got {blocks!r}; pass one of these"

@@ -1,12 +1,13 @@
 """Registry of models: builders by name, with options checked before anything is built."""
 
-import difflib
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+from nlkernels._spec import nearest
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 
@@ -81,6 +82,11 @@ def create_model(name: str, *, num_classes: int, width: float = 1.0, **options: 
         >>> model(torch.zeros(1, 3, 8, 48, 48)).shape
         torch.Size([1, 2])
     """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"create_model: expected the name of a model, got {name!r}; "
+            f"pass one of {', '.join(list_models())}"
+        )
     if name not in _BUILDERS:
         raise ValueError(
             f"create_model: expected one of {', '.join(list_models())}, got {name!r}"
@@ -104,10 +110,10 @@ def create_model(name: str, *, num_classes: int, width: float = 1.0, **options: 
                 f"create_model: expected options of {name} among {', '.join(known)}, "
                 f"got {option!r}{nearest(option, known)}"
             )
+    dropout = options.get("dropout", 0.0)
+    if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+        raise ValueError(
+            f"create_model: expected dropout to be a number from 0 to 1, got {dropout!r}; "
+            "it is the probability of dropping a feature"
+        )
     return builder(num_classes=num_classes, width=width, **options)
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """The last part of an error message: which of the choices was probably meant, if any."""
-    matches = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else "; pass one of these"

@@ -1,5 +1,7 @@
 """What an operation is asked to do: the one place where operands are checked and described."""
 
+import difflib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -114,13 +116,11 @@ def check_choice(where: str, name: str, value: object, choices: tuple[str, ...])
     if value not in choices:
         raise ValueError(
             f"{where}: expected {name} to be one of {', '.join(choices)}, got {value!r}"
-            f"{nearest(str(value), choices)}"
+            f"{nearest(value, choices)}"
         )
 
 
-def nearest(word: str, choices: tuple[str, ...]) -> str:
-    """A '; did you mean ...' clause, or nothing when no choice is near."""
-    import difflib
-
-    found = difflib.get_close_matches(word, choices, n=1)
+def nearest(word: object, choices: Iterable[str]) -> str:
+    """The last part of an error message: which of the choices was probably meant, if any."""
+    found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else "; choose one of these"

@@ -76,8 +76,8 @@ def assert_not_worse(
 ) -> None:
     """Fail unless `got` is at most `factor` times as wrong as `same_dtype`, truth being float64.
 
-    Both the largest error and the root-mean-square error are compared; the largest may also be twice
-    the rounding of (r + 0.3) - 0.3 - r, with r the truth in the dtype under test. In float64,
+    Both the largest error and the root-mean-square error are compared; the largest has a floor of
+    twice the rounding of (r + 0.3) - 0.3 - r, with r the truth in the dtype under test. In float64,
     where both are the truth's equals, the limit is 1e-11 of the largest truth plus 1e-13.
     """
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(truth.shape)}"

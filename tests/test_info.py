@@ -51,7 +51,7 @@ def test_backends_with_reasons(kind):
 def test_impossible_setting_is_reported_and_nothing_else_is_lost(monkeypatch):
     monkeypatch.setenv("NLKERNELS_BACKEND", "no_such_backend")
     text = info.report()
-    assert "unavailable" in _section(text, "backends")
+    assert "error: NLKERNELS_BACKEND" in _section(text, "backends")
     assert "no_such_backend (set)" in _section(text, "environment variables")
     assert str(_paths.csrc_dir()) in _section(text, "paths")
 

@@ -39,7 +39,7 @@ MISTAKES = {
         ValueError,
         r"expected one of c2d_r50_8x8, .*got 'i3d_r50_8x'; did you mean 'i3d_r50_8x8'\?",
     ),
-    "unknown-name-far-away": ("zzz", {}, ValueError, r"got 'zzz'; pass one of these"),
+    "unknown-name-far-away": ("zzz", {}, ValueError, r"got 'zzz'; choose one of these"),
     "unknown-option": (
         "c2d_tiny",
         {"block_s": 2},
