@@ -40,6 +40,11 @@ class Problem(NamedTuple):
         )
 
 
+def autocasts(device: str) -> bool:
+    """Whether an autocast region is active for a type of device."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def default_scale(kind: str, depth: int) -> float:
     """The factor of the scores when a call names none: D**-0.5 for softmax, 1 for the others."""
     return depth**-0.5 if kind == "softmax" else 1.0

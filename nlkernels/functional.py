@@ -11,6 +11,7 @@ from nlkernels._spec import (
     DTYPES,
     KINDS,
     Problem,
+    autocasts,
     check_choice,
     check_operands,
     default_scale,
@@ -156,7 +157,7 @@ def _prepare(query, key, value, kind: str, scale: float | None):
 def _autocast(*operands):
     """In an autocast region, cast floating operands except float64 to its dtype."""
     device = operands[0].device.type if isinstance(operands[0], torch.Tensor) else "meta"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return operands
     dtype = torch.get_autocast_dtype(device)
     return tuple(

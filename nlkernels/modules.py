@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from nlkernels._select import Explanation
-from nlkernels._spec import BACKENDS, KINDS, check_choice, default_scale, describe
+from nlkernels._spec import BACKENDS, KINDS, autocasts, check_choice, default_scale, describe
 from nlkernels.functional import explain, nonlocal_attention
 
 POOL_ORDERS = ("before", "after")
@@ -152,7 +152,7 @@ class NonLocalBlock3d(nn.Module):
             start = t // self.temporal_group * self.temporal_group
             x = x[:, :, start : start + self.temporal_group]
         row = point if self.kind == "gaussian" else self.theta(point)
-        keys = self._keys(x)
+        keys = self._keys(self._pooled(x, "before"))
         scale = default_scale(self.kind, self.inner) if self.scale is None else self.scale
         # In float32: a float16 score may exceed its range while the affinity does not.
         wide = torch.promote_types(keys.dtype, torch.float32)
@@ -211,22 +211,21 @@ class NonLocalBlock3d(nn.Module):
     def _rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Operands (B,N,D), (B,M,D), (B,M,V) of the attention, views of the projections."""
         query = x if self.kind == "gaussian" else self.theta(x)
-        operands = (query, self._keys(x), self._pooled(self.g, x))
+        source = self._pooled(x, "before")
+        operands = (query, self._keys(source), self._pooled(self.g(source), "after"))
         return tuple(t.flatten(2).mT for t in operands)
 
     def _options(self) -> dict[str, object]:
         backend = "auto" if self.backend is None else self.backend
         return {"kind": self.kind, "scale": self.scale, "backend": backend}
 
-    def _keys(self, x: torch.Tensor) -> torch.Tensor:
-        if self.kind == "gaussian":
-            return x if self.pool is None else self.pool(x)
-        return self._pooled(self.phi, x)
+    def _keys(self, source: torch.Tensor) -> torch.Tensor:
+        return self._pooled(source if self.kind == "gaussian" else self.phi(source), "after")
 
-    def _pooled(self, projection: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if self.pool is None:
-            return projection(x)
-        return projection(self.pool(x)) if self.pool_order == "before" else self.pool(projection(x))
+    def _pooled(self, features: torch.Tensor, order: str) -> torch.Tensor:
+        """The features, pooled if this block pools at this point."""
+        pools = self.pool is not None and self.pool_order == order
+        return self.pool(features) if pools else features
 
     def _check_input(self, x: torch.Tensor) -> None:
         weight = self.g.weight
@@ -240,7 +239,7 @@ class NonLocalBlock3d(nn.Module):
                 f"NonLocalBlock3d: expected input on {weight.device}, got {describe(x)}; "
                 "move it or the block with .to(device)"
             )
-        if x.dtype != weight.dtype and not _autocasts(x):
+        if x.dtype != weight.dtype and not autocasts(x.device.type):
             raise TypeError(
                 f"NonLocalBlock3d: expected input of {weight.dtype}, got {describe(x)}; "
                 "cast it or the block with .to(dtype), or use autocast"
@@ -368,8 +367,3 @@ def _memory_format(x: torch.Tensor) -> torch.memory_format:
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last_3d):
         return torch.contiguous_format
     return torch.channels_last_3d
-
-
-def _autocasts(x: torch.Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from nlkernels._spec import autocasts
+
 _LIBRARY = torch.library.Library("nlkernels", "DEF")
 
 
@@ -20,7 +22,7 @@ def define(schema: str) -> Callable:
         def run(first: torch.Tensor, *arguments):
             device = first.device.type
             with torch.no_grad():
-                if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                if autocasts(device):
                     with torch.autocast(device, enabled=False):
                         return implementation(first, *arguments)
                 return implementation(first, *arguments)
