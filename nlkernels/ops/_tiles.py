@@ -12,6 +12,8 @@ MIB = 2**20
 DEFAULT_WORKSPACE_MIB = {"cpu": 10, "cuda": 40}
 # A tile has at least this many query rows, whatever the workspace: narrower matrix products crawl.
 MIN_ROWS = 16
+# Rows of a tile of the staged kernels: chunks are multiples of it where they can be.
+STAGED_ROWS = 128
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -35,11 +37,14 @@ def scores_per_tile(device: torch.device, bytes_per_score: int, workspace_mib: f
     return int(workspace_mib * MIB) // bytes_per_score
 
 
-def tiles(batch: int, rows: int, columns: int, scores: int) -> Iterator[tuple[slice, slice]]:
+def tiles(
+    batch: int, rows: int, columns: int, scores: int, multiple: int = 1
+) -> Iterator[tuple[slice, slice]]:
     """Yield (batch slice, row slice) pairs that cover a (batch, rows, columns) score matrix.
 
     A tile spans several whole batch items when they fit into `scores`, else a run of rows of one
-    item; in both cases the tiles are of almost equal size. Every batch item's tiles are adjacent.
+    item, a multiple of `multiple` when so many fit; in both cases the tiles are of almost equal
+    size. Every batch item's tiles are adjacent.
     """
     if batch == 0 or rows == 0:
         return
@@ -50,10 +55,41 @@ def tiles(batch: int, rows: int, columns: int, scores: int) -> Iterator[tuple[sl
         for start in range(0, batch, items):
             yield slice(start, min(start + items, batch)), slice(0, rows)
         return
+    multiple = min(multiple, tile_rows)
+    tile_rows -= tile_rows % multiple
     tile_rows = -(-rows // -(-rows // tile_rows))
+    tile_rows += -tile_rows % multiple
     for item in range(batch):
         for start in range(0, rows, tile_rows):
             yield slice(item, item + 1), slice(start, min(start + tile_rows, rows))
+
+
+def staged_tiles(
+    batch: int,
+    rows: int,
+    columns: int,
+    bytes_per_score: int,
+    itemsize: int,
+    workspace_mib: float | None,
+) -> Iterator[tuple[slice, slice]]:
+    """The tiles of the staged GPU kernels, whose workspace holds `bytes_per_score` for each score.
+
+    A tile takes at most min(`workspace_mib` or 40 MiB, max(128 rows of every batch item, an eighth
+    of the whole matrix in the operands' dtype)), with columns padded to a multiple of 8; where 16
+    rows of one item take more, it is 16 rows.
+    """
+    if workspace_mib is None:
+        workspace_mib = DEFAULT_WORKSPACE_MIB["cuda"]
+    columns = padded(columns)
+    tile = STAGED_ROWS * batch * columns * bytes_per_score
+    eighth = batch * rows * columns * itemsize // 8
+    limit = min(int(workspace_mib * MIB), max(tile, eighth))
+    return tiles(batch, rows, columns, limit // bytes_per_score, multiple=STAGED_ROWS)
+
+
+def padded(columns: int) -> int:
+    """Columns of a workspace whose rows start at multiples of 16 bytes in 16-bit dtypes."""
+    return columns + -columns % 8
 
 
 class Buffer:

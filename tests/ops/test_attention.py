@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nlkernels import nonlocal_attention
-from nlkernels.ops._tiles import tiles
+from nlkernels.ops._tiles import staged_tiles, tiles
 from tests.helpers import KINDS, SERVED, SHORT, Case, assert_not_worse, operands, results
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -71,25 +71,47 @@ def test_tiling_changes_nothing_but_rounding(kind, backend, workspace_mib, devic
 
 
 @pytest.mark.parametrize(
-    ("batch", "rows", "columns", "scores"),
+    ("batch", "rows", "columns", "scores", "multiple"),
     [
-        (1, 1, 1, 0),
-        (7, 100, 3, 650),
-        (3, 1000, 10, 2000),
-        (2, 17, 5, 0),
-        (0, 4, 4, 9),
-        (4, 0, 4, 9),
+        (1, 1, 1, 0, 1),
+        (7, 100, 3, 650, 1),
+        (3, 1000, 10, 2000, 1),
+        (2, 17, 5, 0, 1),
+        (0, 4, 4, 9, 1),
+        (4, 0, 4, 9, 1),
+        (2, 1000, 10, 3000, 128),
+        (2, 1000, 10, 500, 128),
+        (2, 300, 10, 3000, 128),
     ],
 )
-def test_tiles_cover_every_row_once_within_the_budget(batch, rows, columns, scores):
+def test_tiles_cover_every_row_once_within_the_budget(batch, rows, columns, scores, multiple):
     seen = torch.zeros(batch, rows, dtype=torch.int)
     order = []
-    for items, part in tiles(batch, rows, columns, scores):
+    for items, part in tiles(batch, rows, columns, scores, multiple):
         seen[items, part] += 1
         order.append((items.start, part.start))
         size = (items.stop - items.start) * (part.stop - part.start) * columns
         assert size <= max(scores, 16 * columns)
+        if 128 <= multiple < scores // columns < rows:
+            assert part.start % multiple == 0
     assert bool((seen == 1).all()) and order == sorted(order)
+
+
+@pytest.mark.parametrize("workspace_mib", [0, 0.1, 7, 40, 400, None])
+@pytest.mark.parametrize(
+    ("batch", "rows", "columns"), [(8, 784, 196), (8, 12544, 3136), (1, 1, 1), (3, 5000, 7)]
+)
+def test_workspace_of_the_staged_kernels_is_capped(batch, rows, columns, workspace_mib):
+    cap = 2**20 * (40 if workspace_mib is None else workspace_mib)
+    wide = columns + -columns % 8
+    for itemsize, bytes_per_score in ((2, 2), (2, 4), (4, 8)):
+        limit = max(128 * batch * wide * bytes_per_score, batch * rows * wide * itemsize // 8)
+        limit = max(min(cap, limit), 16 * wide * bytes_per_score)
+        for items, part in staged_tiles(
+            batch, rows, columns, bytes_per_score, itemsize, workspace_mib
+        ):
+            scores = (items.stop - items.start) * (part.stop - part.start) * wide
+            assert scores * bytes_per_score <= limit
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -269,7 +291,7 @@ def test_sdpa_is_torchs_own_kernel(kind, dtype, device):
 
     expected, got = results(direct, tensors), results(attention(kind, "sdpa"), tensors)
     for name, value in expected.items():
-        # The lse passes through base 2 on its way to the CPU's backward.
+        # The row's logarithm passes through the scores' unit on its way to the CPU's backward.
         rounding = 2e-5 if dtype == torch.float32 else 1e-2
         close = 0 if name == "out" else rounding
         torch.testing.assert_close(got[name], value, rtol=close, atol=close)

@@ -3,8 +3,6 @@
 The blocks start with full strength here (no zero initialisation), so that they shape every step.
 """
 
-import statistics
-
 import pytest
 import torch
 
@@ -65,8 +63,9 @@ def test_float64_training_is_the_same(kind):
 def test_float32_training_differs_as_much_as_rounding_does(kind):
     """At most twice the spread of naive against naive with inputs moved by one ulp.
 
-    Medians over seeds: now and then a rounding error tips a ReLU or a maximum, in one of the two
-    comparisons and not in the other, and a single pair of trainings says nothing.
+    The largest of all seeds on both sides: where a rounding error tips a ReLU or a maximum, two
+    trainings differ a thousand times more than elsewhere. How often that happens depends on the
+    processor, so single pairs and medians fall now on this side and now on that.
     """
     found, spread = [], []
     for seed in range(5):
@@ -82,4 +81,4 @@ def test_float32_training_differs_as_much_as_rounding_does(kind):
             for factor, shift in ((1, 1), (1, -1), (2, 0), (0, 0))
         ]
         spread.append(max(difference(naive, run("naive", other)) for other in moved))
-    assert statistics.median(found) <= 2 * statistics.median(spread), (found, spread)
+    assert max(found) <= 2 * max(spread), (found, spread)

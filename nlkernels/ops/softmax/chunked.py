@@ -1,16 +1,15 @@
 """Softmax attention in plain PyTorch, one tile of the score matrix at a time, on any device.
 
-forward   S = Q K^T;  P = exp2(log2(e) scale (S - max S));  out = (P / sum P) V;
-          lse = log2(e) scale max S + log2(sum P)
+forward   S = Q K^T;  top = max S;  P = exp2(log2(e) scale (S - top));  total = sum P;
+          out = (P / total) V
 backward  P = forward's P / sum P;  E = P dO V^T;  dS = E - P sum E;  dQ = scale dS K;
           dK = scale dS^T Q;  dV = P^T dO
 
 Two things are computed again rather than taken from the forward, because their rounding then
-cancels: the rows' sums (rather than P = exp2(S - lse)) and sum E (rather than the equal sum of
-dO out).
+cancels: the rows' statistics, and sum E (rather than the equal sum of dO out).
 
-Only query, key, value, out and lse are kept in between; other backends need the last two.
-`lse` is in base 2: exp2 takes a quarter of exp's time in torch's float32 CPU kernels.
+Only query, key, value, out and stats = (top, total) are kept in between; other backends need the
+last two. exp2 takes a quarter of exp's time in torch's float32 CPU kernels.
 
 Memory beyond inputs and outputs, E bytes an element and A = max(E, 4):
   tile      : forward A + E bytes a score, backward 2 A + E, less E where A = E; in all at most
@@ -18,7 +17,8 @@ Memory beyond inputs and outputs, E bytes an element and A = max(E, 4):
   backward  : in bfloat16 + 4 M (D + V) + 6 M max(D, V) for the float32 sums of one batch item,
               unless the item is one tile;
   float16   : computed in float32, + 4 bytes for each element of the operands and results;
-  always    : a few numbers for each row of a tile, and torch's scratch of at most 0.5 MiB.
+  always    : a few numbers for each row of a tile, and torch's scratch of at most 0.5 MiB; on CPUs
+              with AMX also, in bfloat16, its packed copy of one factor: 2 max(M, rows) max(D, V).
 """
 
 import math
@@ -45,20 +45,20 @@ def forward(
     scale: float,
     workspace_mib: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return out (B,N,V) and lse (B,N), the base-2 logarithm of each row's sum."""
+    """Return out (B,N,V) and stats (2,B,N): each row's extreme product, and its sum."""
     dtype = compute_dtype(query.dtype)
     if dtype != query.dtype:
-        out, lse = forward(query.to(dtype), key.to(dtype), value.to(dtype), scale, workspace_mib)
-        return out.to(query.dtype), lse
+        out, stats = forward(query.to(dtype), key.to(dtype), value.to(dtype), scale, workspace_mib)
+        return out.to(query.dtype), stats
     batch, rows, _ = query.shape
     out = value.new_empty(batch, rows, value.shape[2])
-    lse = query.new_empty(batch, rows, dtype=accumulator_dtype(dtype))
+    stats = query.new_empty(2, batch, rows, dtype=accumulator_dtype(dtype))
     tile = _Tile(dtype, query.device, matrices=1)
     for items, part in tile.parts(query, key, workspace_mib):
         scores = tile.product(0, query[items, part], key[items])
-        weights, lse[items, part] = _softmax(scores, scale)
+        weights = _softmax(scores, scale, stats[:, items, part])
         torch.bmm(tile.narrow(weights), value[items], out=out[items, part])
-    return out, lse
+    return out, stats
 
 
 def backward(
@@ -67,7 +67,7 @@ def backward(
     key: torch.Tensor,
     value: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    stats: torch.Tensor,
     scale: float,
     workspace_mib: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -75,7 +75,7 @@ def backward(
     dtype = compute_dtype(query.dtype)
     if dtype != query.dtype:
         operands = (t.to(dtype) for t in (grad, query, key, value))
-        d_query, d_key, d_value = backward(*operands, out, lse, scale, workspace_mib)
+        d_query, d_key, d_value = backward(*operands, out, stats, scale, workspace_mib)
         return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype)
     rows, device = query.shape[1], query.device
     d_query, d_key, d_value = (torch.empty_like(t) for t in (query, key, value))
@@ -86,7 +86,7 @@ def backward(
     for items, part in tile.parts(query, key, workspace_mib):
         q, g = query[items, part], grad[items, part]
         ends = {"first": part.start == 0, "last": part.stop == rows}
-        weights, _ = _softmax(tile.product(0, q, key[items]), scale)
+        weights = _softmax(tile.product(0, q, key[items]), scale)
         value_sum.add(d_value[items], tile.narrow(weights).mT, g, 1.0, **ends)
         weighted = tile.product(1, g, value[items]).mul_(weights)
         delta = weighted.sum(dim=-1, keepdim=True)
@@ -96,15 +96,18 @@ def backward(
     return d_query, d_key, d_value
 
 
-def _softmax(scores: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn products into weights in place; also return each row's base-2 lse.
+def _softmax(scores: torch.Tensor, scale: float, stats: torch.Tensor | None = None) -> torch.Tensor:
+    """Turn products into weights in place; write the rows' (extreme, sum) to `stats` (2, ...).
 
     The largest score is subtracted before scaling, where equal scores are still equal: scaled sums
     of large products differ by their rounding, which exp2 would magnify.
     """
     top = scores.amax(dim=-1, keepdim=True) if scale >= 0 else scores.amin(dim=-1, keepdim=True)
     total = scores.sub_(top).mul_(scale * LOG2E).exp2_().sum(dim=-1, keepdim=True)
-    return scores.div_(total), (top * (scale * LOG2E) + total.log2()).squeeze(-1)
+    if stats is not None:
+        stats[0].copy_(top.squeeze(-1))
+        stats[1].copy_(total.squeeze(-1))
+    return scores.div_(total)
 
 
 class _Tile:
@@ -129,6 +132,10 @@ class _Tile:
         wide = self._wide[matrix].block(*shape)
         if self._narrow is None:
             return torch.bmm(rows, columns.mT, out=wide)
+        if rows.device.type == "cuda" and torch.version.hip is None:
+            # Other backends' backward computes these products again, unrounded, and would not
+            # agree with statistics of rounded ones; CPUs have no such product.
+            return torch.bmm(rows, columns.mT, out_dtype=wide.dtype, out=wide)
         return wide.copy_(torch.bmm(rows, columns.mT, out=self._narrow.block(*shape)))
 
     def narrow(self, wide: torch.Tensor) -> torch.Tensor:

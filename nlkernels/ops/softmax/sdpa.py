@@ -9,8 +9,6 @@ the fused kernels read only such; on CPUs per thread float32 buffers of at most 
 256 rows of V, in the backward a row-major copy of the incoming gradient; nothing of N x M.
 """
 
-import math
-
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -59,16 +57,19 @@ def forward(
     scale: float,
     workspace_mib: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return out (B,N,V) and the base-2 lse (B,N), on a CPU."""
+    """Return out (B,N,V) and stats (2,B,N), on a CPU."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *_heads(query, key, value), scale=scale
     )
-    out, lse = out.squeeze(1).contiguous(), lse.view(query.shape[:2]) * math.log2(math.e)
+    out, lse = out.squeeze(1).contiguous(), lse.view(query.shape[:2])
     undefined = ~lse.isfinite()
     if undefined.any():
         # The kernel turns rows with an infinite score into zeros, the definition into NaN.
         out.masked_fill_(undefined.unsqueeze(-1), float("nan"))
-    return out, lse
+    # The kernel gives a row's logarithm alone: the sum relative to it is 1.
+    if scale == 0:
+        return out, torch.stack([torch.zeros_like(lse), lse.exp()])
+    return out, torch.stack([lse / scale, torch.ones_like(lse)])
 
 
 def backward(
@@ -77,12 +78,12 @@ def backward(
     key: torch.Tensor,
     value: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    stats: torch.Tensor,
     scale: float,
     workspace_mib: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key and value, on a CPU."""
-    lse = (lse * math.log(2.0)).unsqueeze(1)
+    lse = (stats[0] * scale + stats[1].log()).unsqueeze(1)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *_heads(grad, query, key, value, out), lse, 0.0, False, scale=scale
     )
