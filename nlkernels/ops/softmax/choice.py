@@ -45,11 +45,17 @@ TABLE = {
         {
             "dtypes": ("float16", "bfloat16", "float32"),
             "deterministic": False,
-            "order": ("sdpa", "chunked"),
-            "because": "torch's fused kernels; nothing of ours was measured on a GPU (unverified)",
+            "order": ("sdpa", "triton", "chunked"),
+            "because": "torch's fused kernels where they serve, then ours; unverified order, "
+            "nothing of ours was measured on a GPU (nlkernels.warmup measures here)",
         },
         {
-            "dtypes": ("float16", "bfloat16", "float32", "float64"),
+            "dtypes": ("float16", "bfloat16", "float32"),
+            "order": ("triton", "chunked"),
+            "because": "bitwise repeatable; unverified order, nothing was measured on a GPU",
+        },
+        {
+            "dtypes": ("float64",),
             "order": ("chunked",),
             "because": "bitwise repeatable, and serves every dtype (unverified)",
         },

@@ -4,13 +4,15 @@
 them, so no guard or recompilation depends on it. The backends "reference" (plain autograd) and, on
 GPUs, "sdpa" (torch's own autograd) are composites outside the operator.
 
-Saved for backward: query, key, value, out and lse (B,N) in base 2, whichever backend made it.
+Saved for backward: query, key, value, out and stats (2,B,N), whichever backend made them: each
+row's extreme product top (the largest, or the smallest where scale < 0) and its sum total of
+exp2(log2(e) scale (S - top)). Their common logarithm, one number, would round large scores away.
 """
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from nlkernels import _select
+from nlkernels import _launch, _operations, _select
 from nlkernels._spec import Problem
 from nlkernels.ops import _autograd
 from nlkernels.ops._library import define
@@ -19,15 +21,25 @@ from nlkernels.ops.softmax import chunked, reference, sdpa
 from nlkernels.ops.softmax.choice import TABLE
 
 NAME = "softmax"
-BACKENDS = ("reference", "chunked", "sdpa")
-_INSIDE = {"chunked": chunked, "sdpa": sdpa}
+BACKENDS = ("reference", "chunked", "triton", "sdpa")
+# By name where a module can only be imported when its package is there.
+_INSIDE = {"chunked": chunked, "triton": "nlkernels.ops.softmax.triton", "sdpa": sdpa}
 
 
 def supports(backend: str, problem: Problem) -> list[str]:
     """Why `backend` cannot serve `problem`; an empty list when it can."""
     if backend not in BACKENDS:
         return [f"softmax has no backend {backend!r}"]
+    if backend == "triton":
+        return _unsupported_by_triton(problem)
     return sdpa.unsupported(problem) if backend == "sdpa" else []
+
+
+def _unsupported_by_triton(problem: Problem) -> list[str]:
+    reasons = _launch.unavailable(problem.device, problem.index)
+    if problem.dtype == torch.float64:
+        reasons.append("its kernels take float16, bfloat16 and float32, not float64")
+    return reasons
 
 
 def attention(
@@ -45,7 +57,7 @@ def attention(
             "a softmax over nothing is undefined, drop the call"
         )
     if backend == "auto" and query.is_cuda:
-        backend = _select.choose(NAME, Problem.of(query, key, value))
+        backend = _select.outside(NAME, query, key, value)
     if backend == "reference":
         return reference.attention(query, key, value, scale)
     if backend == "sdpa" and query.is_cuda:
@@ -74,9 +86,9 @@ class _Softmax(torch.autograd.Function):
 
 class _SoftmaxBackward(torch.autograd.Function):
     @staticmethod
-    def forward(grad, query, key, value, out, lse, scale, backend, workspace_mib):
+    def forward(grad, query, key, value, out, stats, scale, backend, workspace_mib):
         return torch.ops.nlkernels.softmax_backward(
-            grad, query, key, value, out, lse, scale, backend, workspace_mib
+            grad, query, key, value, out, stats, scale, backend, workspace_mib
         )
 
     @staticmethod
@@ -92,7 +104,9 @@ class _SoftmaxBackward(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
-_select.OPERATIONS[NAME] = _select.Operation(BACKENDS, supports, _INSIDE, TABLE)
+_operations.OPERATIONS[NAME] = _operations.Operation(
+    BACKENDS, supports, _INSIDE, TABLE, suite="nlkernels.ops.softmax.suite"
+)
 
 
 @define(
@@ -105,23 +119,23 @@ def _forward(query, key, value, scale, backend, workspace_mib):
 
 
 @define(
-    "softmax_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-    "float scale, str backend, float? workspace_mib) -> (Tensor, Tensor, Tensor)"
+    "softmax_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, "
+    "Tensor stats, float scale, str backend, float? workspace_mib) -> (Tensor, Tensor, Tensor)"
 )
-def _backward(grad, query, key, value, out, lse, scale, backend, workspace_mib):
+def _backward(grad, query, key, value, out, stats, scale, backend, workspace_mib):
     module = _select.module(NAME, backend, "backward", query, key, value)
-    return module.backward(grad, query, key, value, out, lse, scale, workspace_mib)
+    return module.backward(grad, query, key, value, out, stats, scale, workspace_mib)
 
 
 @torch.library.register_fake("nlkernels::softmax_forward")
 def _(query, key, value, scale, backend, workspace_mib):
     batch, rows, _ = query.shape
-    lse = query.new_empty(batch, rows, dtype=accumulator_dtype(query.dtype))
-    return value.new_empty(batch, rows, value.shape[2]), lse
+    stats = query.new_empty(2, batch, rows, dtype=accumulator_dtype(query.dtype))
+    return value.new_empty(batch, rows, value.shape[2]), stats
 
 
 @torch.library.register_fake("nlkernels::softmax_backward")
-def _(grad, query, key, value, out, lse, scale, backend, workspace_mib):
+def _(grad, query, key, value, out, stats, scale, backend, workspace_mib):
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
