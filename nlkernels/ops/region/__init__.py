@@ -1,0 +1,1 @@
+"""Depthwise 3-D correlation of a region's features: region-based non-local blocks."""
