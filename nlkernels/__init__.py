@@ -15,8 +15,10 @@ import os.path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .functional import explain, nonlocal_attention
+    from ._warmup import warmup
+    from .functional import explain, nonlocal_attention, region_aggregate
     from .modules import NonLocalBlock3d, set_nonlocal_backend
+    from .verify import verify
 
 __version__ = "0.1.0"
 
@@ -24,14 +26,20 @@ __all__ = [
     "NonLocalBlock3d",
     "explain",
     "nonlocal_attention",
+    "region_aggregate",
     "set_nonlocal_backend",
+    "verify",
+    "warmup",
 ]
 
 _HOME = {
     "NonLocalBlock3d": ".modules",
     "explain": ".functional",
     "nonlocal_attention": ".functional",
+    "region_aggregate": ".functional",
     "set_nonlocal_backend": ".modules",
+    "verify": ".verify",
+    "warmup": "._warmup",
 }
 
 

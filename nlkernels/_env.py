@@ -21,6 +21,14 @@ VARIABLES: dict[str, Variable] = {
         default="auto",
         doc="backend of every operation whose call or block names none itself",
     ),
+    "NLKERNELS_CACHE_DIR": Variable(
+        default="~/.cache/nlkernels",
+        doc="folder of what was verified and measured here; in $XDG_CACHE_HOME where that is set",
+    ),
+    "NLKERNELS_AUTOTUNE": Variable(
+        default="cache",
+        doc="off: shipped choices; cache: also what warmup measured; full: measure at first use",
+    ),
 }
 
 
@@ -33,3 +41,8 @@ def read(name: str) -> str:
     default = VARIABLES[name].default
     value = os.environ.get(name, "")
     return value if value else default
+
+
+def cache_home() -> str:
+    """Returns the folder for caches of all programs, as the XDG specification finds it."""
+    return os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -1,6 +1,10 @@
 """Where the files of the package lie, the same in a source checkout and in an installed wheel."""
 
+import os
+import tempfile
 from pathlib import Path
+
+from nlkernels import _env
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -26,3 +30,36 @@ def checkout_root() -> Path | None:
     root = PACKAGE.parent
     is_checkout = (root / "csrc" / "sources.json").is_file() and (root / "models").is_dir()
     return root if is_checkout else None
+
+
+def cache_dirs() -> list[Path]:
+    """Returns the folders that hold what this machine measured: all are read, the last is written.
+
+    One folder, `NLKERNELS_CACHE_DIR`; where that cannot be written, also a temporary one.
+    """
+    asked = _env.read("NLKERNELS_CACHE_DIR")
+    if asked == _env.VARIABLES["NLKERNELS_CACHE_DIR"].default:
+        asked = os.path.join(_env.cache_home(), "nlkernels")
+    folder = Path(os.path.expanduser(asked))
+    # Without a home, "~" stays what it is.
+    if folder.parts[:1] != ("~",) and _writable(folder):
+        return [folder]
+    try:
+        temporary = tempfile.gettempdir()
+    except FileNotFoundError:
+        # Nothing can be written on this machine.
+        return [folder]
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    fallback = Path(temporary, f"nlkernels-{user}")
+    # Anybody may have made it in a folder that all can write.
+    owned = not os.path.lexists(fallback) or os.lstat(fallback).st_uid == user
+    return [folder, fallback] if owned and not fallback.is_symlink() else [folder]
+
+
+def _writable(folder: Path) -> bool:
+    """Whether a folder can be written, or made."""
+    existing = folder.absolute()
+    # In a folder that cannot be searched, Path.exists raises.
+    while not os.path.exists(existing) and existing != existing.parent:
+        existing = existing.parent
+    return os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)

@@ -1,23 +1,18 @@
 """Which backend runs a problem, and why the others do not."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
+from nlkernels import _cache, _device
+from nlkernels._operations import OPERATIONS, VERIFIED, implementation
 from nlkernels._spec import Problem
 
-
-class Operation(NamedTuple):
-    """What dispatch knows of an operation; its `op` module registers it in `OPERATIONS`."""
-
-    backends: tuple[str, ...]
-    supports: Callable[[str, Problem], list[str]]
-    inside: Mapping[str, Any]
-    table: Mapping[str, tuple[Mapping[str, Any], ...]]
-
-
-OPERATIONS: dict[str, Operation] = {}
+# Called as recorder(op, problem, operands) for every problem that reaches dispatch.
+recorder: Callable[[str, Any, tuple[torch.Tensor, ...]], None] | None = None
 
 
 class Explanation(NamedTuple):
@@ -42,92 +37,247 @@ class Explanation(NamedTuple):
         return "\n".join([self.problem, *lines])
 
 
+def outside(op: str, *operands: torch.Tensor) -> str:
+    """What runs a call of backend "auto": "sdpa" as a composite, or the operator's own "auto".
+
+    Only on GPUs does torch's attention run outside the operator.
+    """
+    operation = OPERATIONS[op]
+    problem = operation.describe(*operands)
+    if problem.device not in _device.MEASURED or "sdpa" not in operation.backends:
+        return "auto"
+    _record(op, problem, operands)
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    chosen = choose(op, problem, direction="training" if trains else "forward")
+    return "sdpa" if chosen == "sdpa" else "auto"
+
+
 def module(op: str, backend: str, direction: str, *operands: torch.Tensor) -> Any:
     """The backend module that runs one pass inside the opaque operator.
 
     Raises:
         NotImplementedError: `backend` is named and does not serve the operands.
     """
-    problem = Problem.of(*operands)
     operation = OPERATIONS[op]
+    problem = operation.describe(*operands)
+    _record(op, problem, operands)
     if backend == "auto":
-        # On GPUs torch's attention keeps tensors of its own: it is no backend inside the operator.
-        inside = [b for b in operation.inside if b != "sdpa" or problem.device == "cpu"]
-        backend = choose(op, problem, inside, direction)
-    elif reasons := operation.supports(backend, problem):
+        backend = choose(op, problem, inside(op, problem.device), direction)
+    elif reasons := against(op, backend, problem, direction):
         raise NotImplementedError(refusal(op, backend, problem, reasons))
-    return operation.inside[backend]
+    return implementation(op, backend)
 
 
-def refusal(op: str, backend: str, problem: Problem, reasons: list[str]) -> str:
+def inside(op: str, device: str) -> list[str]:
+    """Backends that run inside the operator on a type of device.
+
+    On GPUs torch's attention is none of them: it keeps tensors of its own for its backward.
+    """
+    return [b for b in OPERATIONS[op].inside if b != "sdpa" or device == "cpu"]
+
+
+def _record(op: str, problem: Any, operands: tuple[torch.Tensor, ...]) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if recorder is not None:
+        recorder(op, problem, operands)
+    elif problem.device in _device.MEASURED and _cache.mode() == "full":
+        from nlkernels import _warmup
+
+        _warmup.at_first_use(op, problem, operands)
+
+
+def refusal(op: str, backend: str, problem: Any, reasons: list[str]) -> str:
     """The message of a backend that was asked for and cannot run."""
+    function = "nonlocal_attention" if isinstance(problem, Problem) else op
     return (
-        f"nonlocal_attention: expected a problem that backend {backend!r} of {op} serves, got "
+        f"{function}: expected a problem that backend {backend!r} of {op} serves, got "
         f"{problem}: {'; '.join(reasons)}; use backend='auto'"
     )
 
 
+def against(op: str, backend: str, problem: Any, direction: str = "forward") -> list[str]:
+    """Why a backend that is named cannot run a problem; empty when it can."""
+    reasons = OPERATIONS[op].supports(backend, problem)
+    if not reasons and backend in VERIFIED:
+        from nlkernels import _trust
+
+        passes = ("forward", "backward") if direction == "training" else (direction,)
+        verdicts = (_trust.verdict(op, backend, problem, each) for each in passes)
+        return [reason for reason in verdicts if reason]
+    return reasons
+
+
 def choose(
     op: str,
-    problem: Problem,
-    inside: Collection[str] | None = None,
+    problem: Any,
+    among: Collection[str] | None = None,
     direction: str = "forward",
 ) -> str:
-    """The fastest backend for `problem` by the shipped measurements.
+    """The fastest backend for `problem` by the measurements of this machine, else the shipped.
 
     Args:
         op: name of the operation.
         problem: what is to be computed.
-        inside: only these backends, those that run inside the opaque operator.
-        direction: "forward" or "backward"; the two passes are chosen for separately.
+        among: only these backends, those that run inside the opaque operator.
+        direction: "forward", "backward", or "training" for both together; inside the operator the
+            two passes are chosen for separately.
     """
-    supports = OPERATIONS[op].supports
     for backend, _ in preference(op, problem, direction):
-        if (inside is None or backend in inside) and not supports(backend, problem):
+        if (among is None or backend in among) and _runs(op, backend, problem, direction):
             return backend
     return "chunked"
 
 
-def preference(op: str, problem: Problem, direction: str = "forward") -> list[tuple[str, str]]:
+def _runs(op: str, backend: str, problem: Any, direction: str) -> bool:
+    if backend not in VERIFIED:
+        return not OPERATIONS[op].supports(backend, problem)
+    passes = ("forward", "backward") if direction == "training" else (direction,)
+    if torch.compiler.is_compiling():
+        # A verdict says that the kernel ran: nothing else may be asked while tracing.
+        return all(_traced_verdict(op, backend, problem, each) for each in passes)
+    if OPERATIONS[op].supports(backend, problem):
+        return False
+    from nlkernels import _trust
+
+    return all(not _trust.distrust(op, backend, problem, each) for each in passes)
+
+
+def preference(op: str, problem: Any, direction: str = "forward") -> list[tuple[str, str]]:
     """Backends from the fastest on, each with the measurement that says so."""
-    scores = problem.queries * problem.keys
+    repeatable = torch.are_deterministic_algorithms_enabled()
+    row = measured(op, problem, direction)
+    if row is not None:
+        # Torch's kernels need not repeat bitwise.
+        order = [b for b in row["order"] if not (b == "sdpa" and repeatable)]
+        return [(backend, row["because"]) for backend in order]
+    single = "forward" if direction == "training" else direction
     for row in OPERATIONS[op].table.get(problem.device, ()):
-        fits = problem.dtype_name in row["dtypes"] and row.get("pass", direction) == direction
+        fits = problem.dtype_name in row["dtypes"] and row.get("pass", single) == single
         if fits and "scores_up_to" in row:
-            fits = scores <= row["scores_up_to"]
+            fits = problem.queries * problem.keys <= row["scores_up_to"]
         if fits and "deterministic" in row:
-            fits = row["deterministic"] == torch.are_deterministic_algorithms_enabled()
+            fits = row["deterministic"] == repeatable
         if fits:
             return [(backend, row["because"]) for backend in row["order"]]
     return [("chunked", "serves every device; nothing was measured on this one")]
 
 
-def explain(op: str, problem: Problem, requested: str) -> Explanation:
+def measured(op: str, problem: Any, direction: str) -> Mapping[str, Any] | None:
+    """What `warmup` measured on this machine for problems like this one, None without."""
+    if problem.device not in _device.MEASURED:
+        return None
+    found = _section(problem)
+    if found is None:
+        return None
+    operation = OPERATIONS[op]
+    head, sizes = operation.head(problem), operation.sizes(problem)
+    for row in found["timings"].values():
+        fits = (row["op"], row["pass"]) == (op, direction) and _has_dtype(row, problem)
+        if fits and _equal(row["head"], head) and _inside(row["sizes"], sizes):
+            return row
+    return None
+
+
+def _section(problem: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return _cache.known(problem.device, problem.index)
+    device = _device.present(problem.device, problem.index)
+    return None if device is None else _cache.section(device)
+
+
+def _traced_verdict(op: str, backend: str, problem: Any, direction: str) -> bool:
+    """Whether a backend is known to be right, from memory alone."""
+    found = _cache.known(problem.device, problem.index)
+    if found is None:
+        return False
+    head, right = OPERATIONS[op].head(problem), False
+    for row in found["verdicts"].values():
+        fits = (row["op"], row["backend"], row["pass"]) == (op, backend, direction)
+        if fits and _has_dtype(row, problem) and _equal(row["head"], head):
+            if row["reason"]:
+                return False
+            right = True
+    return right
+
+
+def _has_dtype(row: Mapping[str, Any], problem: Any) -> bool:
+    if torch.compiler.is_compiling():
+        # How float32 is multiplied cannot be asked while tracing: every verdict has to be good.
+        return row["dtype"].split(" ")[0] == problem.dtype_name
+    return row["dtype"] == _device.label(problem.dtype)
+
+
+def _equal(wanted: Collection[int], sizes: Collection[int]) -> bool:
+    return all(a == b for a, b in zip(wanted, sizes, strict=True))
+
+
+def _inside(ranges: Collection[tuple[int, int]], sizes: Collection[int]) -> bool:
+    return all(low <= size <= high for (low, high), size in zip(ranges, sizes, strict=True))
+
+
+def explain(op: str, problem: Any, requested: str) -> Explanation:
     """Say for every backend of `op` why it runs `problem` or why not."""
     operation = OPERATIONS[op]
+    if requested != "auto" and (against_it := against(op, requested, problem)):
+        raise NotImplementedError(refusal(op, requested, problem, against_it))
     order = dict(preference(op, problem))
     chosen = choose(op, problem) if requested == "auto" else requested
+    # First, as it may verify: what is known about the kernels is said below.
+    passes = _other_passes(op, problem, chosen) if requested == "auto" else ""
+    refused = {backend: _refused(op, backend, problem) for backend in operation.backends}
     reasons = {}
-    for backend in operation.backends:
-        against = operation.supports(backend, problem)
-        if against:
-            reasons[backend] = "; ".join(against)
+    for backend, reason in refused.items():
+        if reason:
+            reasons[backend] = reason
         elif requested != "auto":
             reasons[backend] = "asked for" if backend == chosen else "available, not asked for"
         elif backend == chosen:
             reasons[backend] = order.get(backend, "nothing faster serves this problem")
         elif backend == "reference":
-            reasons[backend] = "materialises the B x N x M scores; runs only when asked for"
+            reasons[backend] = f"{operation.drawback}; runs only when asked for"
         elif backend in order:
-            reasons[backend] = f"slower than {chosen}: {order[chosen]}"
+            # An order that nobody measured says so.
+            because = order.get(chosen, "nothing before it serves this problem")
+            behind = "comes after" if "unverified" in because else "slower than"
+            reasons[backend] = f"{behind} {chosen}: {because}"
         else:
             reasons[backend] = f"not measured to be faster than {chosen} here"
-    backward = choose(op, problem, direction="backward")
-    if requested == "auto" and problem.device == "cpu" and backward != chosen:
-        why = dict(preference(op, problem, "backward")).get(backward, "nothing faster serves it")
-        reasons[chosen] += f"; the backward runs in {backward}: {why}"
-    if requested != "auto" and operation.supports(requested, problem):
-        raise NotImplementedError(
-            refusal(op, requested, problem, operation.supports(requested, problem))
-        )
+        if backend in VERIFIED and not reason:
+            reasons[backend] += _standing(op, backend, problem)
+    reasons[chosen] += passes
     return Explanation(f"{op}: {problem}", chosen, reasons)
+
+
+def _refused(op: str, backend: str, problem: Any) -> str:
+    """Why neither pass, or one of them, cannot run in a backend."""
+    forward, backward = (against(op, backend, problem, d) for d in ("forward", "backward"))
+    return "; ".join(dict.fromkeys([*forward, *backward]))
+
+
+def _standing(op: str, backend: str, problem: Any) -> str:
+    """What is known about kernels that serve a problem on this machine."""
+    from nlkernels import _trust
+
+    if problem.device not in _device.MEASURED:
+        return ""
+    if not _trust.is_right(op, backend, problem):
+        return "; serves this problem; unverified on this GPU: nlk verify"
+    row = measured(op, problem, "forward")
+    if row is None or not row["configs"]:
+        return "; configurations: shipped defaults, not measured here (nlkernels.warmup)"
+    time = f", {row['ms'][backend]:.3g} ms" if backend in row["ms"] else ""
+    tuned = ", ".join(f"{kernel} {text}" for kernel, text in row["configs"].items())
+    return f"; configurations: measured by warmup ({tuned}{time})"
+
+
+def _other_passes(op: str, problem: Any, chosen: str) -> str:
+    """Where the backward, or a call with gradients, runs in another backend."""
+    if chosen == "sdpa" and problem.device != "cpu":
+        trained = choose(op, problem, direction="training")
+        return "" if trained == "sdpa" else f"; with gradients {trained} runs"
+    backward = choose(op, problem, inside(op, problem.device), "backward")
+    if backward == chosen:
+        return ""
+    why = dict(preference(op, problem, "backward")).get(backward, "nothing faster serves it")
+    return f"; the backward runs in {backward}: {why}"

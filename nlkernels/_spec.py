@@ -7,12 +7,15 @@ from typing import NamedTuple
 import torch
 
 KINDS = ("softmax", "gaussian", "dot_product")
-BACKENDS = ("auto", "reference", "chunked", "sdpa")
+BACKENDS = ("auto", "reference", "chunked", "triton", "sdpa")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Problem(NamedTuple):
-    """Sizes, dtype and device of one attention call, as backends and dispatch see it."""
+    """Sizes, dtype and device of one attention call, as backends and dispatch see it.
+
+    `device` is its type, `index` its number among those of the type (None: the current one).
+    """
 
     batch: int
     queries: int
@@ -21,13 +24,16 @@ class Problem(NamedTuple):
     value_depth: int
     dtype: torch.dtype
     device: str
+    index: int | None = None
 
     @classmethod
     def of(cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> "Problem":
         """Describe operands that `check_operands` has accepted."""
         batch, queries, depth = query.shape
         _, keys, value_depth = value.shape
-        return cls(batch, queries, keys, depth, value_depth, query.dtype, query.device.type)
+        device = query.device
+        sizes = (batch, queries, keys, depth, value_depth)
+        return cls(*sizes, query.dtype, device.type, device.index)
 
     @property
     def dtype_name(self) -> str:

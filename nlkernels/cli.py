@@ -1,4 +1,4 @@
-"""Command line: ``nlk train | compare | info``.
+"""Command line: ``nlk train | compare | verify | info``.
 
 Mistakes of the user end in one line on standard error and exit code 2, everything else that breaks
 a run off in one line and exit code 1; ``--debug`` shows the traceback of either. Heavy packages are
@@ -6,7 +6,9 @@ imported in the sub-command that needs them.
 """
 
 import argparse
+import functools
 import importlib.util
+import json
 import shlex
 import sys
 import traceback
@@ -58,10 +60,24 @@ def _parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", metavar="section.key=value", help="replaces the file's value"
         )
         command.add_argument("--debug", action="store_true", help="show tracebacks")
+    _add_verify(commands)
     text = "show versions, devices, backends and settings"
     info = commands.add_parser("info", help=text, description=text)
     info.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
+
+
+def _add_verify(commands) -> None:
+    text = "check on this machine that the kernels are right, and use those that are"
+    verify = commands.add_parser("verify", help=text, description=text)
+    verify.add_argument("--op", help="operation, such as softmax; all when left out")
+    verify.add_argument("--backend", default="triton", help="backend to check (default: triton)")
+    verify.add_argument("--device", help="cuda, cuda:1, cpu; the GPU when left out")
+    verify.add_argument("--dtype", help="float16, bfloat16 or float32; all when left out")
+    verify.add_argument("--depth", type=int, metavar="D", help="channels of query and key")
+    verify.add_argument("--value-depth", type=int, metavar="V", help="channels of value, D if not")
+    verify.add_argument("--json", action="store_true", help="print the report as JSON")
+    verify.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
 def _train(arguments: argparse.Namespace, command: str) -> int:
@@ -91,7 +107,47 @@ def _info(arguments: argparse.Namespace, command: str) -> int:
     return 0
 
 
-_COMMANDS = {"train": _train, "compare": _compare, "info": _info}
+def _verify(arguments: argparse.Namespace, command: str) -> int:
+    import torch
+
+    import nlkernels
+
+    depths = dtypes = None
+    if arguments.depth is not None:
+        value_depth = arguments.depth if arguments.value_depth is None else arguments.value_depth
+        depths = [(arguments.depth, value_depth)]
+    elif arguments.value_depth is not None:
+        raise ValueError("expected --depth beside --value-depth, got none; add --depth D")
+    if arguments.dtype is not None:
+        dtypes = [getattr(torch, arguments.dtype, None)]
+        if not isinstance(dtypes[0], torch.dtype):
+            raise ValueError(
+                f"expected --dtype float16, bfloat16 or float32, got {arguments.dtype}"
+            )
+    report = nlkernels.verify(
+        arguments.op,
+        arguments.backend,
+        device=arguments.device,
+        dtypes=dtypes,
+        depths=depths,
+        # A GPU's kernels are compiled first, which takes minutes for all of them.
+        progress=None if arguments.json else functools.partial(print, flush=True),
+    )
+    if arguments.json:
+        print(json.dumps(report.as_json(), indent=1))
+    if any(check.verdict == "failed" for check in report.checks):
+        return 1
+    if report.ok:
+        return 0
+    print(
+        "nlk verify: nothing could be checked; Triton kernels need an NVIDIA GPU, or "
+        "TRITON_INTERPRET=1 with --device cpu",
+        file=sys.stderr,
+    )
+    return 2
+
+
+_COMMANDS = {"train": _train, "compare": _compare, "verify": _verify, "info": _info}
 
 
 def _config_folder() -> Path:

@@ -17,6 +17,9 @@ from nlkernels._spec import (
     default_scale,
 )
 from nlkernels.ops.dot_product import op as dot_product
+from nlkernels.ops.region import op as region
+from nlkernels.ops.region.problem import RegionProblem
+from nlkernels.ops.region.problem import check_operands as check_region
 from nlkernels.ops.softmax import op as softmax
 
 _OP_OF_KIND = {"softmax": softmax, "gaussian": softmax, "dot_product": dot_product}
@@ -61,8 +64,8 @@ def nonlocal_attention(
     Memory:
         The backend chunked: at most `workspace_mib`, and for 16-bit dtypes what the docstring of
         nlkernels/ops/<op>/chunked.py adds. Kept for the backward, by every backend but "reference"
-        and, on GPUs, "sdpa": the operands; for softmax and gaussian also the output and 4 bytes a
-        query (8 in float64).
+        and, on GPUs, "sdpa": the operands; for softmax and gaussian also the output and 8 bytes a
+        query (16 in float64).
 
     Determinism:
         Bitwise repeatable, forward and backward, for a device and thread count: no atomics. On GPUs
@@ -89,11 +92,63 @@ def nonlocal_attention(
     return _OP_OF_KIND[kind].attention(query, key, value, scale, backend, workspace_mib)
 
 
+def region_aggregate(
+    x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto"
+) -> torch.Tensor:
+    """Every position's weighted sum of its neighbours, with one kernel for each channel.
+
+    out[b,c,t,h,w] = sum_ijk weight[c,i,j,k] * x[b,c,t+i-(kt-1)/2,h+j-(kh-1)/2,w+k-(kw-1)/2]
+
+    This is the depthwise 3-D correlation of region-based non-local blocks: stride 1, zeros around
+    x, no bias.
+
+    Args:
+        x: (B, C, T, H, W), float16, bfloat16, float32 or float64, any strides; read without a copy
+            in NCDHW and channels_last_3d.
+        weight: (C, kt, kh, kw), same dtype and device, odd sizes; 3 x 7 x 7 where it was published.
+        backend: "auto" (the environment variable NLKERNELS_BACKEND when set, else the fastest
+            measured), "reference" (torch's conv3d), "chunked" or "triton".
+
+    Returns:
+        (B, C, T, H, W), dtype of the operands; channels_last_3d where x is, else contiguous. In an
+        autocast region the operands are cast to its dtype first, as torch.conv3d does.
+
+    Raises:
+        TypeError: an operand is no tensor or has another dtype.
+        ValueError: sizes or devices do not fit, a size of the kernel is even; unknown backend.
+        NotImplementedError: the named backend cannot serve this problem.
+
+    Memory:
+        What the docstrings of nlkernels/ops/region/chunked.py and triton.py state: linear in x.
+        Kept for the backward: x and weight.
+
+    Determinism:
+        Bitwise repeatable, forward and backward, for a device and thread count: no atomics. On GPUs
+        "chunked" and "reference" are as repeatable as torch's convolutions.
+
+    Differentiation:
+        Of any order, in the same backend. vmap, forward mode and nested torch.func gradients raise
+        RuntimeError.
+
+    Example:
+        >>> import torch, nlkernels
+        >>> x, weight = torch.randn(1, 32, 8, 14, 14), torch.randn(32, 3, 7, 7)
+        >>> nlkernels.region_aggregate(x, weight).shape
+        torch.Size([1, 32, 8, 14, 14])
+
+    Source:
+        G. Huang, A. G. Bors, "Region-based Non-local Operation for Video Classification", ICPR
+        2020; guoxih/region-based-non-local-network.
+    """
+    x, weight = _prepare_region(x, weight)
+    return region.aggregate(x, weight, _requested(backend, None, "region_aggregate"))
+
+
 def explain(op_name: str, *operands: torch.Tensor, **options) -> _select.Explanation:
     """Say which backend a call would use, and why each other one would not run.
 
     Args:
-        op_name: name of a public operation: "nonlocal_attention".
+        op_name: name of a public operation: "nonlocal_attention" or "region_aggregate".
         *operands: the tensors of that call.
         **options: its keyword arguments.
 
@@ -129,8 +184,17 @@ def _explain_attention(
     return _select.explain(_OP_OF_KIND[kind].NAME, Problem.of(query, key, value), backend)
 
 
+def _explain_region(
+    x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto"
+) -> _select.Explanation:
+    x, weight = _prepare_region(x, weight)
+    backend = _requested(backend, None, "region_aggregate")
+    return _select.explain(region.NAME, RegionProblem.of(x, weight), backend)
+
+
 _EXPLAINERS: dict[str, Callable[..., _select.Explanation]] = {
-    "nonlocal_attention": _explain_attention
+    "nonlocal_attention": _explain_attention,
+    "region_aggregate": _explain_region,
 }
 
 
@@ -154,6 +218,13 @@ def _prepare(query, key, value, kind: str, scale: float | None):
     return query, key, value, float(scale)
 
 
+def _prepare_region(x, weight):
+    """Cast for autocast; check the operands."""
+    x, weight = _autocast(x, weight)
+    check_region(x, weight)
+    return x, weight
+
+
 def _autocast(*operands):
     """In an autocast region, cast floating operands except float64 to its dtype."""
     device = operands[0].device.type if isinstance(operands[0], torch.Tensor) else "meta"
@@ -170,13 +241,13 @@ def _is_size(number: object) -> bool:
     return isinstance(number, int | float) and 0 <= number < math.inf
 
 
-def _requested(backend: str, workspace_mib: float | None) -> str:
+def _requested(backend: str, workspace_mib: float | None, where: str = "nonlocal_attention") -> str:
     """The backend that a call asks for, by argument or environment."""
     if backend == "auto":
         backend = _env.read("NLKERNELS_BACKEND")
         check_choice("NLKERNELS_BACKEND", "the value", backend, BACKENDS)
     else:
-        check_choice("nonlocal_attention", "backend", backend, BACKENDS)
+        check_choice(where, "backend", backend, BACKENDS)
     if workspace_mib is not None and not _is_size(workspace_mib):
         raise ValueError(
             "nonlocal_attention: expected workspace_mib to be a finite number of 0 or more, got "

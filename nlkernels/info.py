@@ -1,7 +1,8 @@
 """`nlk info` or `python -m nlkernels.info`: everything a bug report needs, as plain text.
 
-Versions, devices, which backend serves a typical layer and why the others do not, environment
-variables and paths. A part that cannot be found out says so instead of raising.
+Versions, devices, which backend serves a typical layer and why the others do not, which kernels
+were verified here, environment variables and paths. A part that cannot be found out says so instead
+of raising.
 """
 
 import os
@@ -15,7 +16,7 @@ import torch
 
 import nlkernels
 
-from . import _env, _paths
+from . import _cache, _device, _env, _launch, _paths, _trust
 
 Rows = list[tuple[str, str]]
 
@@ -47,6 +48,7 @@ def report() -> str:
         ("versions", _versions),
         ("devices", _devices),
         ("backends", _backends),
+        ("kernels", _kernels),
         ("environment variables", _environment),
         ("paths", _locations),
     )
@@ -137,7 +139,8 @@ def _explain(kind: str, device: str, dtype: torch.dtype) -> str:
     for operand in (query, key, value):
         operand.requires_grad_()
     try:
-        explanation = nlkernels.explain("nonlocal_attention", query, key, value, kind=kind)
+        with _trust.held():
+            explanation = nlkernels.explain("nonlocal_attention", query, key, value, kind=kind)
     except (NotImplementedError, ValueError) as error:
         return f"error: {error}"
     others = [
@@ -146,6 +149,22 @@ def _explain(kind: str, device: str, dtype: torch.dtype) -> str:
         if name != explanation.backend
     ]
     return "\n".join([explanation.backend, *others])
+
+
+def _kernels() -> Rows:
+    how = "in Triton's interpreter, on CPU tensors" if _launch.interpreting() else "compiled"
+    parts = ", ".join(f"sm_{part}" for part in sorted(_launch.SHARED_MEMORY))
+    rows = [
+        ("triton", f"{how}, version {_device.triton_version()}"),
+        ("architectures", f"{parts}; unverified where nothing below or shipped says otherwise"),
+    ]
+    devices = [torch.device("cpu")] if _launch.interpreting() else []
+    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in devices:
+        verdicts = _cache.section(device)["verdicts"]
+        lines = [f"{name}: {row['reason'] or 'verified'}" for name, row in sorted(verdicts.items())]
+        rows.append((str(device), "\n".join(lines) or "nothing verified yet: nlk verify"))
+    return rows
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -166,6 +185,7 @@ def _locations() -> Rows:
     return [
         ("package", str(_paths.PACKAGE)),
         ("csrc", str(_paths.csrc_dir())),
+        ("cache folder", str(_paths.cache_dirs()[-1])),
         ("installed as", "a copy" if root is None else f"a source checkout in {root}"),
         ("python", sys.executable),
     ]

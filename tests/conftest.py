@@ -1,7 +1,18 @@
 """Fixtures of all tests: devices, seeds and poisoned memory."""
 
+import os
+
 import pytest
 import torch
+
+from nlkernels import _launch
+from tests import interpreter
+
+# Before any kernel is defined: without a GPU, Triton's kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+if _launch.interpreting():
+    interpreter.mend()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,7 +28,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
         asked = metafunc.config.getoption("--device")
         present = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+        if metafunc.module.__name__.split(".")[-1].startswith("test_triton"):
+            present = present[-1:]  # beside a GPU, kernels are compiled, and run nowhere else
         metafunc.parametrize("device", present if asked == "all" else [asked])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Tests neither read nor write what was measured and verified on this machine."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setenv("NLKERNELS_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

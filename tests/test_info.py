@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import nlkernels
-from nlkernels import _env, _paths, info
+from nlkernels import _cache, _env, _launch, _paths, info
 
 
 def _section(text: str, title: str) -> str:
@@ -46,6 +46,24 @@ def test_backends_with_reasons(kind):
     assert explanation.backend in text
     for name in explanation.reasons:
         assert name in text
+
+
+def test_kernels_and_what_is_known_of_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("NLKERNELS_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(_launch, "interpreting", lambda: True)
+    cpu = torch.device("cpu")
+    _cache.forget()
+    try:
+        text = _section(info.report(), "kernels")
+        assert "sm_80" in text and "interpreter" in text and "nothing verified yet" in text
+        row = {"op": "softmax", "backend": "triton", "pass": "forward", "dtype": "float16"}
+        for name, reason in (("a forward", ""), ("a backward", "failed verification: d_key")):
+            _cache.update(cpu, "verdicts", {name: {**row, "head": [16, 16], "reason": reason}})
+        text = _section(info.report(), "kernels")
+        assert "a forward: verified" in text and "a backward: failed verification: d_key" in text
+        assert str(tmp_path / "cache") in _section(info.report(), "paths")
+    finally:
+        _cache.forget()
 
 
 def test_impossible_setting_is_reported_and_nothing_else_is_lost(monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import nlkernels
-from nlkernels import _select, explain, nonlocal_attention
+from nlkernels import _device, _operations, _select, explain, nonlocal_attention
 from nlkernels._spec import Problem
 from nlkernels.ops.softmax import chunked, sdpa
 from tests.helpers import Case, operands
@@ -17,7 +17,7 @@ def chosen(kind="softmax", dtype=torch.float32, **sizes):
 
 def test_explain_gives_a_reason_for_every_backend():
     for kind, backends in (
-        ("softmax", {"reference", "chunked", "sdpa"}),
+        ("softmax", {"reference", "chunked", "triton", "sdpa"}),
         ("dot_product", {"reference", "chunked"}),
     ):
         explanation = chosen(kind)
@@ -105,8 +105,8 @@ def test_block_backend_beats_the_environment(monkeypatch):
 
 
 def test_every_table_names_known_backends_and_says_why():
-    assert set(_select.OPERATIONS) == {"softmax", "dot_product"}
-    for operation in _select.OPERATIONS.values():
+    assert set(_operations.OPERATIONS) == {"softmax", "dot_product", "region_aggregate"}
+    for operation in _operations.OPERATIONS.values():
         for rows in operation.table.values():
             for row in rows:
                 assert set(row["order"]) <= set(operation.backends)
@@ -123,6 +123,65 @@ def test_auto_on_a_gpu_is_torchs_attention_unless_it_must_repeat():
     try:
         assert _select.choose("softmax", problem) == "chunked"
         assert "repeatable" in _select.explain("softmax", problem, "auto").reasons["chunked"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_triton_is_refused_with_the_reason_and_the_remedy():
+    problem = Problem(2, 1024, 1024, 64, 64, torch.bfloat16, "cuda")
+    if not torch.cuda.is_available():
+        reason = _select.explain("softmax", problem, "auto").reasons["triton"]
+        assert "there is no usable GPU" in reason
+    tensors = operands(Case(2, 9, 7, 5, 3))[:3]
+    with pytest.raises(NotImplementedError, match="not float64"):
+        nonlocal_attention(*tensors, backend="triton")
+
+
+def test_modules_given_by_name_are_imported_at_first_use():
+    assert _operations.implementation("softmax", "chunked") is chunked
+    assert _operations.loaded("nlkernels.ops.softmax.chunked") is chunked
+
+
+def test_torchs_attention_is_chosen_outside_the_operator_on_gpus_only(monkeypatch):
+    tensors = operands(Case(2, 64, 64, 8, 8), torch.float32)[:3]
+    assert _select.outside("softmax", *tensors) == "auto"
+    asked = []
+
+    def choose(op, problem, inside=None, direction="forward"):
+        asked.append(direction)
+        return "sdpa"
+
+    monkeypatch.setattr(_device, "MEASURED", ("cpu",))
+    monkeypatch.setattr(_select, "choose", choose)
+    assert _select.outside("softmax", *tensors) == "sdpa"
+    tensors[1].requires_grad_()
+    assert _select.outside("softmax", *tensors) == "sdpa"
+    with torch.no_grad():
+        _select.outside("softmax", *tensors)
+    assert asked == ["forward", "training", "forward"]
+    assert _select.outside("dot_product", *tensors) == "auto"
+
+
+def test_the_choice_outside_the_operator_can_be_traced(monkeypatch):
+    monkeypatch.setattr(_device, "MEASURED", ("cpu",))
+
+    def run(query, key, value):
+        return query * len(_select.outside("softmax", query, key, value))
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager", dynamic=True)
+    for depth, chosen in ((8, "sdpa"), (9, "auto")):
+        tensors = operands(Case(2, 64, 64, depth, 8), torch.float32, requires_grad=True)[:3]
+        assert torch.equal(compiled(*tensors), tensors[0] * len(chosen))
+
+
+def test_a_measurement_never_puts_torchs_attention_into_repeatable_programs(monkeypatch):
+    row = {"order": ["sdpa", "triton", "chunked"], "because": "measured"}
+    monkeypatch.setattr(_select, "measured", lambda *_: row)
+    problem = Problem(2, 64, 64, 64, 64, torch.bfloat16, "cuda")
+    assert [b for b, _ in _select.preference("softmax", problem)] == row["order"]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert [b for b, _ in _select.preference("softmax", problem)] == ["triton", "chunked"]
     finally:
         torch.use_deterministic_algorithms(False)
 

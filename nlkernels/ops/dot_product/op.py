@@ -7,7 +7,7 @@ outside the operator.
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from nlkernels import _select
+from nlkernels import _operations, _select
 from nlkernels._spec import Problem
 from nlkernels.ops import _autograd
 from nlkernels.ops._library import define
@@ -80,7 +80,7 @@ class _DotProductBackward(torch.autograd.Function):
         return *grads, None, None, None
 
 
-_select.OPERATIONS[NAME] = _select.Operation(BACKENDS, supports, _INSIDE, TABLE)
+_operations.OPERATIONS[NAME] = _operations.Operation(BACKENDS, supports, _INSIDE, TABLE)
 
 
 @define(
