@@ -8,160 +8,23 @@ pytest-benchmark.
 from __future__ import annotations
 
 import argparse
-import gc
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks import results
-from benchmarks.checks import Judge, WrongResult, step
-from benchmarks.providers import PROVIDERS, Provider, chosen_backend, select_providers
+from benchmarks.checks import Judge, step
+from benchmarks.measure import PASSES, make_operands, measure
+from benchmarks.providers import PROVIDERS, Provider, select_providers
 from benchmarks.registry import DTYPES, GROUPS, KINDS, Case, select_cases
-from benchmarks.timing import (
-    ForeignLoad,
-    Timer,
-    gemm_tflops,
-    interleave,
-    quantiles,
-    synchronised_clock,
-)
-from nlkernels._memory import PeakMemory
-
-PASSES = ("forward", "forward_backward")
+from benchmarks.timing import gemm_tflops, synchronised_clock
 
 BUSY_CORES = 0.1
 """Average foreign load above which a measurement is called disturbed."""
-
-BASELINES = {
-    "naive": ("naive",),
-    "two_bmm": ("two_bmm",),
-    "sdpa": ("sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "sdpa_math"),
-}
-"""What speed-ups are stated over: the fastest of each group within the same run."""
-
-
-def make_operands(
-    case: Case, dtype: torch.dtype, device: torch.device, seed: int
-) -> tuple[Tensor, ...]:
-    """query, key, value and gradient of the output: standard normal, drawn on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = ((case.n, case.d), (case.m, case.d), (case.m, case.v), (case.n, case.v))
-    return tuple(
-        torch.randn(case.batch, rows, width, generator=generator).to(device, dtype)
-        for rows, width in sizes
-    )
-
-
-def measure(
-    case: Case,
-    providers: list[Provider],
-    dtype_name: str,
-    passes: str,
-    device: torch.device,
-    *,
-    rounds: int,
-    seed: int = 0,
-    gemm: float | None = None,
-) -> list[dict[str, Any]]:
-    """Judges and times providers on one problem.
-
-    Args:
-        case: The problem.
-        providers: What is compared; rows come back in this order.
-        dtype_name: "float32", "bfloat16" or "float16".
-        passes: "forward" or "forward_backward".
-        device: Where to run.
-        rounds: Interleaved rounds, one sample per provider each.
-        seed: Seed of operands and of the judged sample.
-        gemm: Measured matrix-product rate in TFLOP/s that rates are stated against; None leaves
-            the share out.
-
-    Returns:
-        One row per provider (see README.md of this folder). A provider whose result is wrong has
-        status "refused" and no times.
-    """
-    dtype = getattr(torch, dtype_name)
-    operands = make_operands(case, dtype, device, seed)
-    judge = Judge(case, operands, passes, seed)
-    rows, steps = {}, {}
-    for provider in providers:
-        row = _blank_row(case, provider, dtype_name, passes)
-        rows[provider.name] = row
-        row["reason"] = provider.reason(case, dtype, device)
-        if row["reason"]:
-            row["status"] = "unserved"
-            continue
-        call = step(provider.function(case.kind), case, operands, passes)
-        _judge_and_weigh(row, call, judge, device)
-        if row["status"] == "ok":
-            steps[provider.name] = call
-            if provider.name == "auto":
-                row["backend"] = chosen_backend(case, dtype, device)
-    with ForeignLoad() as foreign:
-        samples = interleave(steps, Timer(device), rounds)
-    for name, taken in samples.items():
-        rows[name] |= {"time_ms": quantiles(taken), "samples_ms": taken}
-        rows[name]["foreign_cores"] = foreign.cores
-    for name in samples:
-        _derive(rows[name], rows, case.flop(passes), gemm)
-    return list(rows.values())
-
-
-def _blank_row(case: Case, provider: Provider, dtype_name: str, passes: str) -> dict[str, Any]:
-    return {
-        "case": case.name,
-        "kind": case.kind,
-        "dtype": dtype_name,
-        "pass": passes,
-        "shape": {"B": case.batch, "N": case.n, "M": case.m, "D": case.d, "V": case.v},
-        "provider": provider.name,
-        "backend": None,
-        "status": "ok",
-        "reason": "",
-    }
-
-
-def _judge_and_weigh(
-    row: dict[str, Any],
-    call: Callable[[], dict[str, Tensor]],
-    judge: Judge,
-    device: torch.device,
-) -> None:
-    try:
-        row["error"] = judge.check(row["provider"], call())
-        gc.collect()
-        with PeakMemory(device) as peak:
-            outputs = call()
-    except WrongResult as error:
-        row |= {"status": "refused", "reason": str(error)}
-        return
-    except (RuntimeError, NotImplementedError) as error:
-        row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:400]}
-        return
-    row["peak_mib"] = peak.live_mib
-    row["device_peak_mib"] = peak.device_mib
-    row["output_mib"] = sum(t.numel() * t.element_size() for t in outputs.values()) / 2**20
-
-
-def _derive(
-    row: dict[str, Any], rows: dict[str, dict[str, Any]], flop: int, gemm: float | None
-) -> None:
-    own = row["time_ms"]["p50"]
-    speedups = {}
-    for baseline, names in BASELINES.items():
-        times = [rows[name]["time_ms"]["p50"] for name in names if "time_ms" in rows.get(name, {})]
-        speedups[baseline] = min(times) / own if times else None
-    row["speedup_over"] = speedups
-    row["nominal_tflops"] = flop / own / 1e9
-    # Reassociated dot_product does fewer operations than the nominal count: a share would mislead.
-    comparable = gemm is not None and row["kind"] != "dot_product"
-    row["share_of_gemm"] = row["nominal_tflops"] / gemm if comparable else None
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

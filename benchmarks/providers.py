@@ -40,11 +40,17 @@ class Provider:
         function: kind -> function of (query (B, N, D), key (B, M, D), value (B, M, V), scale),
             returning (B, N, V).
         reason: (case, dtype, device) -> "" if it serves the case, else why not.
+        optional: What it raises means that it does not serve the case, not that it failed.
+        passes: The passes it is measured in.
+        ours: It is this package's, not one to compare with.
     """
 
     name: str
     function: Callable[[str], Function]
     reason: Callable[[Case, torch.dtype, torch.device], str]
+    optional: bool = False
+    passes: tuple[str, ...] = ("forward", "forward_backward")
+    ours: bool = False
 
 
 def _two_bmm(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -62,9 +68,9 @@ def _sdpa(
 
 
 def _nonlocal(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, *, kind: str, backend: str
+    query: Tensor, key: Tensor, value: Tensor, scale: float, **options: str | float | None
 ) -> Tensor:
-    return nlkernels.nonlocal_attention(query, key, value, kind=kind, scale=scale, backend=backend)
+    return nlkernels.nonlocal_attention(query, key, value, scale=scale, **options)
 
 
 def _available_mib(device: torch.device) -> float:
@@ -76,7 +82,8 @@ def _available_mib(device: torch.device) -> float:
     raise RuntimeError("/proc/meminfo has no MemAvailable line")
 
 
-def _materialised_reason(case: Case, dtype: torch.dtype, device: torch.device) -> str:
+def materialised_reason(case: Case, dtype: torch.dtype, device: torch.device) -> str:
+    """Why a device cannot hold the scores of a case and their gradients."""
     # Scores, weights and the gradients of both live together in the backward; the fifth is slack.
     needed = 5 * case.batch * case.n * case.m * dtype.itemsize / 2**20
     free = _available_mib(device)
@@ -111,15 +118,17 @@ def _sdpa_provider(name: str, backend: SDPBackend) -> Provider:
         refusal = _sdpa_reason(backend, case.d, case.v, dtype, device)
         if refusal or backend is not SDPBackend.MATH:
             return refusal
-        return _materialised_reason(case, torch.float32, device)
+        return materialised_reason(case, torch.float32, device)
 
     return Provider(name, lambda kind: partial(_sdpa, backend=backend), reason)
 
 
-def _own_provider(name: str, backend: str) -> Provider:
+def own_provider(name: str, backend: str, workspace_mib: float | None = None) -> Provider:
+    """A backend of this package under a name."""
+
     def reason(case: Case, dtype: torch.dtype, device: torch.device) -> str:
         if backend == "reference":
-            return _materialised_reason(case, dtype, device)
+            return materialised_reason(case, dtype, device)
         try:
             _explain(case, dtype, device, backend)
         except NotImplementedError as error:
@@ -127,9 +136,9 @@ def _own_provider(name: str, backend: str) -> Provider:
         return SERVED
 
     def function(kind: str) -> Function:
-        return partial(_nonlocal, kind=kind, backend=backend)
+        return partial(_nonlocal, kind=kind, backend=backend, workspace_mib=workspace_mib)
 
-    return Provider(name, function, reason)
+    return Provider(name, function, reason, ours=backend != "reference")
 
 
 def _explain(case: Case, dtype: torch.dtype, device: torch.device, backend: str):
@@ -153,14 +162,14 @@ def _two_bmm_reason(case: Case, dtype: torch.dtype, device: torch.device) -> str
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        _own_provider("naive", "reference"),
+        own_provider("naive", "reference"),
         Provider("two_bmm", lambda kind: _two_bmm, _two_bmm_reason),
         _sdpa_provider("sdpa_flash", SDPBackend.FLASH_ATTENTION),
         _sdpa_provider("sdpa_efficient", SDPBackend.EFFICIENT_ATTENTION),
         _sdpa_provider("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION),
         _sdpa_provider("sdpa_math", SDPBackend.MATH),
-        _own_provider("chunked", "chunked"),
-        _own_provider("auto", "auto"),
+        own_provider("chunked", "chunked"),
+        own_provider("auto", "auto"),
     )
 }
 

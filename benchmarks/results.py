@@ -218,7 +218,7 @@ class ResultFile:
         self._write()
 
     def _write(self) -> None:
-        text = json.dumps(_rounded(self.report), indent=1, allow_nan=False)
+        text = json.dumps(rounded(self.report), indent=1, allow_nan=False)
         # One line per row: diffs of committed results stay readable.
         text = re.sub(r"\n {3,}", " ", text)
         partial = self.path.with_name(self.path.name + ".partial")
@@ -226,13 +226,13 @@ class ResultFile:
         os.replace(partial, self.path)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Floats to 6 significant digits: more would be noise in the file."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def validate(report: Mapping[str, Any]) -> None:

@@ -160,3 +160,13 @@ def gemm_tflops(device: torch.device, dtype: torch.dtype) -> float:
     timer = Timer(device)
     samples = interleave({"gemm": lambda: a @ b}, timer, rounds=9, warmup=2)["gemm"]
     return 2 * size**3 / (quantiles(samples)["p50"] * 1e9)
+
+
+def copy_gb_s(device: torch.device) -> float:
+    """Rate in GB/s, bytes read and written, of a large copy here: the ceiling of memory traffic."""
+    size = 2**30 if device.type == "cuda" else 2**24
+    source = torch.randn(size, device=device)
+    target = torch.empty_like(source)
+    timer = Timer(device)
+    samples = interleave({"copy": lambda: target.copy_(source)}, timer, rounds=9, warmup=2)["copy"]
+    return 2 * source.numel() * source.element_size() / (quantiles(samples)["p50"] * 1e6)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import acceptance, bench_ops, results
+from benchmarks.gpu_summary import PEERS
 
 COMMITTED = sorted(results.RESULTS.glob("*/*.json"))
 
@@ -149,6 +150,9 @@ def test_committed_result(path: Path) -> None:
     assert report["complete"]
     assert report["environment"]["slug"] == path.parent.name
     refused = [r for r in report["rows"] if r["status"] in ("refused", "failed")]
+    if report["environment"]["device"] == "cuda":
+        # What a peer fails in on a GPU is a result; ours has to work.
+        refused = [r for r in refused if r["provider"] not in PEERS]
     assert refused == []
     assert json.dumps(report).count("/tmp") == 0
 

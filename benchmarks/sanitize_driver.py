@@ -1,0 +1,118 @@
+"""Every Triton kernel at least once, on small odd problems: the program that a sanitizer watches.
+
+`python -m benchmarks.sanitize_driver --device cuda [--part NAME]` prints the kernels it launched
+and, last, `DONE`. Operands are drawn on the CPU and results looked at there, so that little else
+runs on the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import nlkernels
+from benchmarks.kernel_rows import Recorder, recorded
+from benchmarks.region import NAMES, region_step
+from benchmarks.stage import interpret
+
+# Batch, N, M, D, V and workspace: fused with keys shared out among programs, fused with odd
+# channels (no descriptors), staged with several tiles, and the O(N) form of wide channels.
+SOFTMAX = (
+    (1, 33, 700, 40, 24, None),
+    (1, 50, 33, 37, 19, None),
+    (2, 150, 300, 264, 72, None),
+    (1, 77, 45, 264, 72, 0),
+)
+REGION = (2, 24, 3, 9, 7)
+TAPS = ((3, 7, 7), (3, 3, 3))
+FEW_TAPS = ((1, 3, 3),)
+"""For the interpreter, which takes seconds for the 147 taps of the larger kernel."""
+
+# Both layouts and all dtypes, without every pair of them: compilation is most of the time.
+FORMS = (
+    ("bfloat16", "rows"),
+    ("bfloat16", "channels"),
+    ("float16", "rows"),
+    ("float32", "channels"),
+)
+PARTS = tuple(f"{op}-{dtype}-{layout}" for op in ("softmax", "region") for dtype, layout in FORMS)
+
+
+def run_softmax(dtype: torch.dtype, layout: str, device: torch.device) -> Iterator[Tensor]:
+    """Outputs and gradients of every problem."""
+    for number, (batch, n, m, d, v, workspace) in enumerate(SOFTMAX):
+        generator = torch.Generator().manual_seed(number)
+        leaves = []
+        for rows, width in ((n, d), (m, d), (m, v)):
+            tensor = torch.randn(batch, rows, width, generator=generator).to(dtype)
+            if layout == "channels":
+                tensor = tensor.mT.contiguous().mT
+            leaves.append(tensor.to(device).requires_grad_())
+        out = nlkernels.nonlocal_attention(*leaves, backend="triton", workspace_mib=workspace)
+        grad = torch.randn(out.shape, generator=generator).to(dtype).to(device)
+        yield out.detach()
+        yield from torch.autograd.grad(out, leaves, grad)
+
+
+def run_region(dtype: torch.dtype, layout: str, device: torch.device) -> Iterator[Tensor]:
+    """Outputs and gradients of every problem."""
+    form = torch.channels_last_3d if layout == "channels" else torch.contiguous_format
+    for number, taps in enumerate(FEW_TAPS if device.type == "cpu" else TAPS):
+        generator = torch.Generator().manual_seed(number)
+        x, grad = (
+            torch.randn(REGION, generator=generator)
+            .to(dtype)
+            .contiguous(memory_format=form)
+            .to(device)
+            for _ in range(2)
+        )
+        weight = torch.randn(REGION[1], *taps, generator=generator).to(dtype).to(device)
+        results = region_step(_aggregate, (x, weight, grad), "forward_backward")()
+        yield from (results[name] for name in NAMES)
+
+
+def _aggregate(x: Tensor, weight: Tensor) -> Tensor:
+    return nlkernels.region_aggregate(x, weight, backend="triton")
+
+
+def run(parts: tuple[str, ...], device: torch.device) -> Recorder:
+    """Runs parts; returns what they launched.
+
+    Raises:
+        ArithmeticError: A result is not finite.
+    """
+    runs: dict[str, Callable[..., Iterator[Tensor]]] = {
+        "softmax": run_softmax,
+        "region": run_region,
+    }
+    with recorded() as recorder:
+        for part in parts:
+            op, dtype, layout = part.split("-")
+            for result in runs[op](getattr(torch, dtype), layout, device):
+                if not result.cpu().isfinite().all():
+                    raise ArithmeticError(f"{part}: a result {tuple(result.shape)} is not finite")
+            print(f"ran {part}", flush=True)
+    return recorder
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one part, or all."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize_driver")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--part", choices=PARTS, action="append")
+    options = parser.parse_args(arguments)
+    if options.device == "cpu":
+        interpret()
+    recorder = run(tuple(options.part or PARTS), torch.device(options.device))
+    counts = {name: len(launches) for name, launches in recorder.launches.items()}
+    print("KERNELS", " ".join(f"{name}={count}" for name, count in sorted(counts.items())))
+    print("DONE")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
