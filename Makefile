@@ -2,6 +2,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VIDEOS ?=
+# What has a Triton in it.
+TRITON_TESTS := tests/gates tests/test_interpreter.py tests/test_launch.py $(wildcard tests/ops/test_triton*.py)
 
 # Byte-compiling all of torch takes longer than a run; what `import torch` needs is compiled below.
 PIP_INSTALL := -m pip install --quiet --no-compile
@@ -28,7 +30,8 @@ test: ## all tests but the long ones, in a fresh environment
 	$(MAKE) --no-print-directory .venv-test/ready
 	.venv-test/bin/python -m pytest -m "not gate"
 
-gates: .venv-test/ready ## the long tests
+gates: .venv-test/ready .venv-gates36/ready ## the long tests; the kernels with Triton 3.6.0, too
+	.venv-gates36/bin/python -m pytest $(TRITON_TESTS)
 	.venv-test/bin/python -m pytest -m gate
 
 lint: .venv/ready ## style of the Python code
@@ -36,15 +39,19 @@ lint: .venv/ready ## style of the Python code
 	.venv/bin/ruff format --check .
 
 clean: ## remove environments and build products, keep runs/
-	rm -rf .venv .venv-test build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-test .venv-gates36 build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# One recipe for both environments. `ready` is written last, so an interrupted installation starts
+.venv/ready .venv-test/ready: INSTALLED := --editable ".[all]"
+# The oldest Triton that is served; its interpreter needs a numpy of its time.
+.venv-gates36/ready: INSTALLED := pytest "triton==3.6.0" "numpy<2.4"
+
+# One recipe for all environments. `ready` is written last, so an interrupted installation starts
 # again; a changed pyproject.toml or setup.py installs again.
-.venv/ready .venv-test/ready: %/ready: pyproject.toml setup.py
+.venv/ready .venv-test/ready .venv-gates36/ready: %/ready: pyproject.toml setup.py
 	rm -rf $*
 	$(PYTHON) -m venv $*
 	$*/bin/python $(PIP_INSTALL) "$(TORCH)"
-	$*/bin/python $(PIP_INSTALL) --editable ".[all]"
+	$*/bin/python $(PIP_INSTALL) $(INSTALLED)
 	PYTHONDONTWRITEBYTECODE= $*/bin/python -c "import torch"
 	touch $@
