@@ -102,6 +102,7 @@ def test_any_strides(layout, dtype, device):
     check(tensors, 0.2)
 
 
+@pytest.mark.gate
 @two_dtypes
 def test_layouts_mix_and_expand(dtype, device):
     query, key, value, grad = staged.made(CASE, dtype, device)
