@@ -16,6 +16,12 @@ from nlkernels import _launch
 from nlkernels._launch import Config
 from nlkernels._spec import Problem
 
+# float32 tiles of scores and of values where much shared memory fits them.
+_SINGLE = (
+    Config(128, 128, 32, warps=8, stages=3, descriptors=True),
+    Config(64, 64, 32, stages=3, descriptors=True),
+    Config(128, 64, 32, warps=8, stages=3),
+)
 # How an operand is read.
 POINTER, ROW_MAJOR, CHANNEL_FIRST = 0, 1, 2
 
@@ -53,11 +59,7 @@ def score_configs(problem: Problem, architecture: int) -> list[Config]:
     if problem.dtype == torch.float32:
         if not hopper:
             return [Config(64, 64, 32, warps=8, stages=3)]
-        return [
-            Config(128, 128, 32, warps=8, stages=3, descriptors=True),
-            Config(64, 64, 32, stages=3, descriptors=True),
-            Config(128, 64, 32, warps=8, stages=3),
-        ]
+        return list(_SINGLE)
     if not hopper:
         return [Config(128, 128, 32, warps=8, stages=3), Config(128, 64, 32, stages=3)]
     return [
@@ -75,11 +77,7 @@ def value_configs(problem: Problem, architecture: int) -> list[Config]:
     if problem.dtype == torch.float32:
         if not hopper:
             return [Config(64, 64, 32, stages=3)]
-        return [
-            Config(128, 128, 32, warps=8, stages=3, descriptors=True),
-            Config(64, 64, 32, stages=3, descriptors=True),
-            Config(128, 64, 32, warps=8, stages=3),
-        ]
+        return list(_SINGLE)
     if not hopper:
         return [Config(128, 64, 64, warps=8, stages=3), Config(64, 64, 64, warps=8, stages=3)]
     narrow = [Config(128, 64, 128, warps=8, stages=3, descriptors=True)]

@@ -21,12 +21,12 @@ Memory beyond inputs and outputs, E bytes an element and A = max(E, 4):
               with AMX also, in bfloat16, its packed copy of one factor: 2 max(M, rows) max(D, V).
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
 
 from nlkernels.ops._tiles import (
+    LOG2E,
     Buffer,
     ProductSum,
     accumulator_dtype,
@@ -34,8 +34,6 @@ from nlkernels.ops._tiles import (
     scores_per_tile,
     tiles,
 )
-
-LOG2E = math.log2(math.e)
 
 
 def forward(

@@ -28,8 +28,6 @@ The library copies grad, query and key of which neither rows nor channels have a
 Unverified: no GPU has run these kernels.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -37,12 +35,11 @@ import triton.language as tl
 from nlkernels import _launch, _tune
 from nlkernels._launch import Config
 from nlkernels._spec import Problem
-from nlkernels.ops._tiles import Buffer, padded, staged_tiles
+from nlkernels.ops._tiles import LOG2E, Buffer, padded, staged_tiles
 from nlkernels.ops.softmax import _triton_tiles as tile
 from nlkernels.ops.softmax._triton_products import Sum, multiply
 from nlkernels.ops.softmax._triton_tiles import operand, suited
 
-LOG2E = math.log2(math.e)
 # A row is corrected where its errors add up to more than this part of the dtype's rounding of the
 # sum of its magnitudes: many keys' roundings cancel in dQ, these errors do not.
 CORRECTED_ABOVE = 1 / 64

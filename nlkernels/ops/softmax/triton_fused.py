@@ -19,8 +19,6 @@ parts, at most 40 MiB; specialised kernels also let torch allocate 384 bytes for
 No GPU has run these kernels yet: unverified.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -28,10 +26,9 @@ import triton.language as tl
 from nlkernels import _launch, _tune
 from nlkernels._launch import Config
 from nlkernels._spec import Problem
+from nlkernels.ops._tiles import LOG2E
 from nlkernels.ops.softmax import triton_combine
 from nlkernels.ops.softmax.triton_fused_plan import arrangement, candidates, processors, split
-
-LOG2E = math.log2(math.e)
 
 
 @triton.jit

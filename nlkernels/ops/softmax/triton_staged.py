@@ -18,8 +18,6 @@ Memory beyond inputs and outputs, E bytes an element, for R rows (of all its ite
 Unverified: no GPU has run these kernels.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -27,11 +25,10 @@ import triton.language as tl
 from nlkernels import _launch, _tune
 from nlkernels._launch import Config
 from nlkernels._spec import Problem
-from nlkernels.ops._tiles import Buffer, padded, staged_tiles
+from nlkernels.ops._tiles import LOG2E, Buffer, padded, staged_tiles
 from nlkernels.ops.softmax import _triton_tiles as tile
 from nlkernels.ops.softmax._triton_tiles import operand, suited
 
-LOG2E = math.log2(math.e)
 # The combine kernel takes this many rows, and key tiles at a time.
 _COMBINE = Config(64, 16, warps=4)
 
