@@ -122,9 +122,13 @@ def machine_key(device: torch.device) -> str:
 
 @functools.cache
 def package_hash(folder: str = ".") -> str:
-    """Hash of a folder's Python sources: a changed kernel is verified and measured again."""
-    digest = hashlib.sha256()
-    for path in sorted((_paths.PACKAGE / folder).rglob("*.py")):
+    """Hash of Python sources: a changed kernel is verified and measured again.
+
+    Those of a folder, and what lies beside it: the folders of the operations share kernels.
+    """
+    digest, inside = hashlib.sha256(), _paths.PACKAGE / folder
+    beside = [] if inside == _paths.PACKAGE else inside.parent.glob("*.py")
+    for path in sorted([*inside.rglob("*.py"), *beside]):
         digest.update(path.relative_to(_paths.PACKAGE).as_posix().encode() + b"\0")
         digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

@@ -39,6 +39,7 @@ class Operation(NamedTuple):
         sizes: problem -> the sizes of which only the magnitude matters.
         suite: module, or its name, with the problems that verify the operation's kernels.
         drawback: why `auto` never takes the definition.
+        function: the public function of it, as messages name it; None is the operation's name.
     """
 
     backends: tuple[str, ...]
@@ -50,6 +51,7 @@ class Operation(NamedTuple):
     sizes: Callable[[Any], tuple[int, ...]] = attention_sizes
     suite: Any = None
     drawback: str = "materialises the B x N x M scores"
+    function: str | None = None
 
 
 OPERATIONS: dict[str, Operation] = {}

@@ -89,7 +89,8 @@ def _record(op: str, problem: Any, operands: tuple[torch.Tensor, ...]) -> None:
 
 def refusal(op: str, backend: str, problem: Any, reasons: list[str]) -> str:
     """The message of a backend that was asked for and cannot run."""
-    function = "nonlocal_attention" if isinstance(problem, Problem) else op
+    default = "nonlocal_attention" if isinstance(problem, Problem) else op
+    function = OPERATIONS[op].function or default
     return (
         f"{function}: expected a problem that backend {backend!r} of {op} serves, got "
         f"{problem}: {'; '.join(reasons)}; use backend='auto'"

@@ -82,13 +82,14 @@ def verify(
     that fails is switched off on this machine, in later processes too.
 
     Args:
-        op: "softmax" or "region"; None is all.
+        op: "softmax", "dot_product", "relu", "concat", "gate" or "region"; None is all.
         backend: the one that is checked.
         device: None is the GPU, else the CPU.
         dtypes: None is float16, bfloat16 and float32; on a CPU, where Triton's interpreter has no
             product of bfloat16, the other two.
-        depths: (D, V) pairs, rounded up to multiples of 16; for "region" (kt, kh, kw, whether
-            channels_last_3d). None is those of the published blocks, on a CPU the first of them.
+        depths: (D, V) pairs, rounded up to multiples of 16; for "concat" (V,), for "gate" (C,), for
+            "region" (kt, kh, kw, whether channels_last_3d). None is those of the published blocks,
+            on a CPU the first of them.
         progress: called with a line for the device and for each check as soon as it is done.
 
     Returns:

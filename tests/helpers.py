@@ -7,7 +7,7 @@ import torch
 
 from nlkernels._rule import excess
 
-KINDS = ("softmax", "gaussian", "dot_product")
+KINDS = ("softmax", "gaussian", "dot_product", "relu")
 # (kind, backend) pairs that are held to the 2x/3x rule; "reference" is the definition.
 SERVED = [(kind, backend) for kind in KINDS for backend in ("chunked", "auto")]
 SHORT = {

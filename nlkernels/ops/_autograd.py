@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from nlkernels.ops._tiles import compute_dtype, scores_per_tile, tiles
+from nlkernels.ops._tiles import cast, compute_dtype, scores_per_tile, tiles
 
 # Plain autograd keeps about this many score matrices of a tile while it differentiates twice.
 _MATRICES = 12
@@ -13,6 +13,20 @@ _MATRICES = 12
 def differentiates_again() -> bool:
     """Whether a backward pass is itself recorded (create_graph=True), outside of tracing."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def distinct(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The operands of an autograd.Function; while tracing, one that comes again as a view of it.
+
+    Dynamo refuses to trace such a function when one tensor is two of its arguments.
+    """
+    if not torch.compiler.is_compiling():
+        return operands
+    found = []
+    for tensor in operands:
+        again = any(tensor is other for other in found)
+        found.append(tensor.view_as(tensor) if again else tensor)
+    return tuple(found)
 
 
 def double_backward(
@@ -42,7 +56,7 @@ def double_backward(
 def _tiled(attention, operands, scale, cotangents) -> tuple[torch.Tensor, ...]:
     original = operands[1].dtype
     dtype = torch.promote_types(compute_dtype(original), torch.float32)
-    grad, query, key, value = (t.detach().to(dtype) for t in operands)
+    grad, query, key, value = (t.detach() for t in cast(dtype, *operands))
     d_query, d_key, d_value = (t.to(dtype) for t in cotangents)
     sums = [torch.zeros_like(t) for t in (grad, query, key, value)]
     columns = max(key.shape[1], query.shape[2], value.shape[2])

@@ -26,6 +26,19 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def cast(dtype: torch.dtype, *operands: torch.Tensor) -> list[torch.Tensor]:
+    """The operands in `dtype`; one that comes again, as itself or as a view, is cast once.
+
+    Operators that are compiled get a view where the caller passed the same tensor.
+    """
+    done: list[torch.Tensor] = []
+    for tensor in operands:
+        known = (new for old, new in zip(operands, done, strict=False) if old.is_set_to(tensor))
+        new = next(known, None)
+        done.append(tensor.to(dtype) if new is None else new)
+    return done
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for 16-bit dtypes, else the dtype itself."""
     return torch.promote_types(dtype, torch.float32)

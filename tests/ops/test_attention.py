@@ -40,6 +40,8 @@ def test_reference_equals_independent_formula(kind, scale, device):
     scores = torch.einsum("bnd,bmd->bnm", query, key) * factor
     if kind == "dot_product":
         weights = scores / 7
+    elif kind == "relu":
+        weights = torch.where(scores > 0, scores, 0) / 7
     else:
         weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
     expected = torch.einsum("bnm,bmv->bnv", weights, value)
@@ -125,10 +127,11 @@ def test_empty_operands_give_empty_results(kind, backend, batch, queries, device
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked", "auto"])
-def test_no_keys_are_zero_for_dot_product_and_refused_by_softmax(backend, device):
+def test_no_keys_are_zeros_and_refused_by_softmax(backend, device):
     query, key, value, grad = operands(Case(2, 5, 0, 3, 2), device=device)
-    got = results(attention("dot_product", backend), [query, key, value, grad])
-    assert got["out"].shape == (2, 5, 2) and not got["out"].any() and not got["d_query"].any()
+    for kind in ("dot_product", "relu"):
+        got = results(attention(kind, backend), [query, key, value, grad])
+        assert got["out"].shape == (2, 5, 2) and not got["out"].any() and not got["d_query"].any()
     with pytest.raises(ValueError, match="at least one key"):
         nonlocal_attention(query, key, value, backend=backend)
 
@@ -261,10 +264,20 @@ def test_bad_query_row_touches_its_own_row_only(kind, backend, queries, bad, dev
 def test_bad_key_row_stays_in_its_batch_item(kind, backend, bad, device):
     tensors = operands(Case(2, 30, 40, 16, 16), torch.float32, device)
     clean = attention(kind, backend)(*tensors[:3])
-    tensors[0][1] = tensors[0][1].abs()
+    tensors[0][1] = tensors[0][1].abs()  # a product of minus infinity is rectified to zero
     tensors[1][1, 7] = bad
     dirty = attention(kind, backend)(*tensors[:3])
     assert torch.equal(dirty[0], clean[0]) and not dirty[1].isfinite().any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_relu_has_no_slope_at_zero_and_lets_nan_pass(backend, device):
+    query, key, value, grad = (t.abs() for t in operands(Case(1, 6, 5, 4, 3), device=device))
+    query[0, 1], query[0, 2], query[0, 3] = 0.0, -1.0, math.nan
+    got = results(attention("relu", backend), [query, key, value, grad])
+    assert not got["out"][0, 1:3].any() and not got["d_query"][0, 1:3].any()
+    assert got["out"][0, 3].isnan().all() and got["d_query"][0, 3].all()
+    assert got["out"][0, 4:].isfinite().all() and got["d_query"][0, 4:].all()
 
 
 @pytest.mark.usefixtures("repeatable")

@@ -14,6 +14,8 @@ pairs = pytest.mark.parametrize(
     [(k, b) for k, b in SERVED if b == "chunked"] + [("softmax", "sdpa"), ("gaussian", "sdpa")],
 )
 SMALL = Case(2, 9, 7, 4, 4)
+# Kinds whose operators return no statistics.
+UNNORMALISED = ("dot_product", "relu")
 
 
 def leaves(device="cpu", case=SMALL):
@@ -24,8 +26,8 @@ def low_level(kind, backend, tensors):
     """Arguments of the two low-level operators of a kind."""
     query, key, value, grad = tensors
     options = (0.5, backend, None)
-    if kind == "dot_product":
-        ops = torch.ops.nlkernels.dot_product_forward, torch.ops.nlkernels.dot_product_backward
+    if kind in UNNORMALISED:
+        ops = [getattr(torch.ops.nlkernels, f"{kind}_{d}") for d in ("forward", "backward")]
         return [
             (ops[0], (query, key, value, *options)),
             (ops[1], (*tensors_first(tensors), *options)),
@@ -291,7 +293,7 @@ def test_only_operands_output_and_statistics_are_saved(kind, backend, dtype, dev
         nonlocal_attention(*tensors, kind=kind, backend=backend)
     size = dtype.itemsize
     expected = 2 * (50 + 30 + 30) * 16 * size
-    if kind != "dot_product":
+    if kind not in UNNORMALISED:
         expected += 2 * 50 * 16 * size + 2 * 2 * 50 * 4
     assert sum(saved.values()) == expected
 
@@ -306,7 +308,9 @@ LARGE = [Case(3, 1200, 900, 16, 24), Case(1, 2000, 1000, 4, 512), Case(1, 2000, 
 @pytest.mark.parametrize(
     ("kind", "case"),
     # Short rows: the quadratic order of dot_product is the one with tiles.
-    [("softmax", case) for case in LARGE] + [("dot_product", Case(40, 60, 64, 64, 96))],
+    [("softmax", case) for case in LARGE]
+    + [("dot_product", Case(40, 60, 64, 64, 96))]
+    + [("relu", case) for case in LARGE],
     ids=str,
 )
 def test_memory_stays_within_the_documented_bound(kind, case, dtype, workspace_mib, device):
@@ -315,7 +319,7 @@ def test_memory_stays_within_the_documented_bound(kind, case, dtype, workspace_m
     wide = max(dtype.itemsize, 4)
     inner = 4 if dtype == torch.float16 else dtype.itemsize
     per_score = 2 * wide + (inner if inner != wide else 0)
-    if kind == "dot_product":
+    if kind in UNNORMALISED:
         per_score = 2 * inner
     budget = {"cpu": 10, "cuda": 40}[device] if workspace_mib is None else workspace_mib
     tile = max(budget * MIB, 16 * keys * per_score)
@@ -327,7 +331,7 @@ def test_memory_stays_within_the_documented_bound(kind, case, dtype, workspace_m
     copies = 4 * operand_items if half else 0  # query, key and value, out
     grad_copies = copies + 4 * (operand_items - batch * rows * value_depth) if half else 0
     out_bytes = batch * rows * value_depth * dtype.itemsize
-    stats_bytes = 0 if kind == "dot_product" else 2 * batch * rows * wide
+    stats_bytes = 0 if kind in UNNORMALISED else 2 * batch * rows * wide
     # A few numbers a row of a tile, and torch's scratch.
     tile_rows = min(batch * rows, max(16, tile // (keys * per_score)))
     row_bytes = 6 * 8 * tile_rows + MIB // 2
@@ -367,7 +371,11 @@ def test_repeated_steps_leave_no_memory_behind():
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("softmax", 2 * 2 * 9 * 7 * (5 + 3)), ("dot_product", 2 * 2 * (9 + 7) * 5 * 3)],
+    [
+        ("softmax", 2 * 2 * 9 * 7 * (5 + 3)),
+        ("dot_product", 2 * 2 * (9 + 7) * 5 * 3),
+        ("relu", 2 * 2 * 9 * 7 * (5 + 3)),
+    ],
 )
 def test_flops_are_counted(kind, expected):
     tensors = operands(Case(2, 9, 7, 5, 3), requires_grad=True)
@@ -379,5 +387,5 @@ def test_flops_are_counted(kind, expected):
     quadratic = 2 * 2 * 9 * 7 * (3 * 5 + 2 * 3)
     linear = 2 * 2 * (2 * 9 + 3 * 7) * 5 * 3
     assert backward.get_total_flops() == (
-        quadratic if kind == "softmax" else min(linear, quadratic)
+        min(linear, quadratic) if kind == "dot_product" else quadratic
     )

@@ -18,7 +18,8 @@ def chosen(kind="softmax", dtype=torch.float32, **sizes):
 def test_explain_gives_a_reason_for_every_backend():
     for kind, backends in (
         ("softmax", {"reference", "chunked", "triton", "sdpa"}),
-        ("dot_product", {"reference", "chunked"}),
+        ("dot_product", {"reference", "chunked", "triton"}),
+        ("relu", {"reference", "chunked", "triton"}),
     ):
         explanation = chosen(kind)
         assert set(explanation.reasons) == backends
@@ -105,7 +106,7 @@ def test_block_backend_beats_the_environment(monkeypatch):
 
 
 def test_every_table_names_known_backends_and_says_why():
-    assert set(_operations.OPERATIONS) == {"softmax", "dot_product", "region_aggregate"}
+    assert {"softmax", "dot_product", "relu", "region_aggregate"} <= set(_operations.OPERATIONS)
     for operation in _operations.OPERATIONS.values():
         for rows in operation.table.values():
             for row in rows:
@@ -119,6 +120,7 @@ def test_auto_on_a_gpu_is_torchs_attention_unless_it_must_repeat():
     assert _select.choose("softmax", problem._replace(depth=60)) == "chunked"
     assert _select.choose("softmax", problem._replace(dtype=torch.float64)) == "chunked"
     assert _select.choose("dot_product", problem) == "chunked"
+    assert _select.choose("relu", problem) == "chunked"
     torch.use_deterministic_algorithms(True)
     try:
         assert _select.choose("softmax", problem) == "chunked"

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from nlkernels import _launch, _tune
 from nlkernels._spec import Problem
+from nlkernels.ops._triton_tiles import arrangement
 from nlkernels.ops.softmax import reference, triton_fused, triton_fused_plan
 from tests.helpers import DEVICE, SHORT, Case, assert_not_worse, runnable
 
@@ -89,7 +90,7 @@ def work(sizes, dtype, architecture, layouts):
     case = Case(2, *sizes)
     configs = triton_fused.candidates(Problem(*vars(case).values(), dtype, "cpu"), architecture)
     config = configs[-1 if "odd" in layouts else 0]
-    tiles = triton_fused_plan.arrangement(config, case.depth, case.value_depth, dtype)
+    tiles = arrangement(config, case.depth, case.value_depth, dtype)
     turns = case.batch * -(-case.queries // config.rows) * -(-case.keys // config.columns)
     return turns * tiles["VALUE_TILES"] * -(-case.depth // tiles["DEPTH"])
 
@@ -138,7 +139,7 @@ def shipped():
             case = Case(1, 65, 72, depth, values)
             problem = Problem(*vars(case).values(), dtype, "cpu")
             for config in triton_fused.candidates(problem, architecture):
-                tiles = triton_fused_plan.arrangement(config, depth, values, dtype)
+                tiles = arrangement(config, depth, values, dtype)
                 key = (config, dtype, tiles["DEPTH"], tiles["STREAMED"])
                 found.setdefault(key, (case, dtype, architecture, config))
     return list(found.values())

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from nlkernels import _launch, _tune
 from nlkernels._launch import Config
+from nlkernels.ops._positions import position_stride
 from nlkernels.ops.region.problem import RegionProblem, is_channels_last, like
 
 # About eight programs for each of the largest GPUs' multiprocessors.
@@ -42,7 +43,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradients of x and weight, in their dtypes."""
     d_x, x = like(x), _flattenable(x)
-    if _position_stride(grad) is None or is_channels_last(grad) != is_channels_last(x):
+    if position_stride(grad) is None or is_channels_last(grad) != is_channels_last(x):
         grad = like(x).copy_(grad)
     return _correlate(grad, weight, d_x, flip=True), _weight_gradient(grad, x, weight)
 
@@ -177,26 +178,12 @@ def _constants(weight, config: Config, channels_last: bool, wide: bool) -> dict:
     }
 
 
-def _position_stride(x: torch.Tensor) -> int | None:
-    """Distance between positions that follow each other in (T, H, W) order, when it is one."""
-    step, inner = None, 1
-    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
-        if size == 1:
-            continue
-        if step is None:
-            step = stride
-        elif stride != inner * step:
-            return None
-        inner *= size
-    return 0 if step is None else step
-
-
 def _flattenable(x: torch.Tensor) -> torch.Tensor:
-    return x if _position_stride(x) is not None else like(x).copy_(x)
+    return x if position_stride(x) is not None else like(x).copy_(x)
 
 
 def _strides(x: torch.Tensor) -> tuple[int, int, int | None]:
-    return x.stride(0), x.stride(1), _position_stride(x)
+    return x.stride(0), x.stride(1), position_stride(x)
 
 
 @triton.jit

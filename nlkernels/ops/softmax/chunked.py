@@ -30,6 +30,7 @@ from nlkernels.ops._tiles import (
     Buffer,
     ProductSum,
     accumulator_dtype,
+    cast,
     compute_dtype,
     scores_per_tile,
     tiles,
@@ -46,7 +47,7 @@ def forward(
     """Return out (B,N,V) and stats (2,B,N): each row's extreme product, and its sum."""
     dtype = compute_dtype(query.dtype)
     if dtype != query.dtype:
-        out, stats = forward(query.to(dtype), key.to(dtype), value.to(dtype), scale, workspace_mib)
+        out, stats = forward(*cast(dtype, query, key, value), scale, workspace_mib)
         return out.to(query.dtype), stats
     batch, rows, _ = query.shape
     out = value.new_empty(batch, rows, value.shape[2])
@@ -72,7 +73,7 @@ def backward(
     """Return the gradients of query, key and value, in their dtypes."""
     dtype = compute_dtype(query.dtype)
     if dtype != query.dtype:
-        operands = (t.to(dtype) for t in (grad, query, key, value))
+        operands = cast(dtype, grad, query, key, value)
         d_query, d_key, d_value = backward(*operands, out, stats, scale, workspace_mib)
         return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype)
     rows, device = query.shape[1], query.device

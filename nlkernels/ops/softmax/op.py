@@ -62,7 +62,8 @@ def attention(
         return reference.attention(query, key, value, scale)
     if backend == "sdpa" and query.is_cuda:
         return sdpa.composite(query, key, value, scale)
-    return _Softmax.apply(query, key, value, scale, backend, workspace_mib)[0]
+    operands = _autograd.distinct(query, key, value)
+    return _Softmax.apply(*operands, scale, backend, workspace_mib)[0]
 
 
 class _Softmax(torch.autograd.Function):

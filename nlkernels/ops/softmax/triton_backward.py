@@ -35,10 +35,10 @@ import triton.language as tl
 from nlkernels import _launch, _tune
 from nlkernels._launch import Config
 from nlkernels._spec import Problem
+from nlkernels.ops import _triton_tiles as tile
 from nlkernels.ops._tiles import LOG2E, Buffer, padded, staged_tiles
-from nlkernels.ops.softmax import _triton_tiles as tile
-from nlkernels.ops.softmax._triton_products import Sum, multiply
-from nlkernels.ops.softmax._triton_tiles import operand, suited
+from nlkernels.ops._triton_products import Sum, multiply
+from nlkernels.ops._triton_tiles import operand, suited
 
 # A row is corrected where its errors add up to more than this part of the dtype's rounding of the
 # sum of its magnitudes: many keys' roundings cancel in dQ, these errors do not.

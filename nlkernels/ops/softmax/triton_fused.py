@@ -27,8 +27,9 @@ from nlkernels import _launch, _tune
 from nlkernels._launch import Config
 from nlkernels._spec import Problem
 from nlkernels.ops._tiles import LOG2E
+from nlkernels.ops._triton_tiles import arrangement
 from nlkernels.ops.softmax import triton_combine
-from nlkernels.ops.softmax.triton_fused_plan import arrangement, candidates, processors, split
+from nlkernels.ops.softmax.triton_fused_plan import candidates, processors, split
 
 
 @triton.jit

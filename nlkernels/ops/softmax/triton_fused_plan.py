@@ -7,6 +7,7 @@ import triton
 
 from nlkernels._launch import Config
 from nlkernels._spec import Problem
+from nlkernels.ops._triton_tiles import arrangement, padded_channels
 
 # Most memory for the parts of split keys.
 PARTIAL_BYTES = 40 * 2**20
@@ -69,31 +70,6 @@ _CAUTIOUS = {(90, 2): Config(128, 64, 16, 8, 2)}
 _MOST_CAUTIOUS = Config(64, 16, 32, 4, 2)
 
 
-def arrangement(
-    config: Config, depth: int, value_depth: int, dtype: torch.dtype
-) -> dict[str, int | bool]:
-    """Channels of a tile, and how many tiles of value channels there are.
-
-    A thread accumulates 128 values of its 255 registers, 64 where addresses take their share, 32
-    where products of float32 in pieces do.
-    """
-    streamed = 0 < config.depth < depth
-    lanes = 32 * config.warps * (2 if config.specialised else 1)
-    accumulators = 32 if dtype == torch.float32 else 128 if config.descriptors else 64
-    values = min(padded(value_depth), accumulators * lanes // config.rows)
-    return {
-        "DEPTH": config.depth if streamed else padded(depth),
-        "STREAMED": streamed,
-        "VALUES": values,
-        "VALUE_TILES": triton.cdiv(value_depth, values),
-    }
-
-
-def padded(channels: int) -> int:
-    """Channels of a tile that takes them all: a power of two, and enough for a tensor core."""
-    return max(16, triton.next_power_of_2(channels))
-
-
 @functools.lru_cache(maxsize=1024)
 def split(
     config: Config,
@@ -140,7 +116,7 @@ def candidates(problem: Problem, architecture: int) -> list[Config]:
 
 @functools.lru_cache(maxsize=1024)
 def _ranked(problem: Problem, architecture: int) -> tuple[Config, ...]:
-    width = padded(max(problem.depth, problem.value_depth))
+    width = padded_channels(max(problem.depth, problem.value_depth))
     size = 4 if problem.dtype == torch.float32 else 2
     pointers = _POINTERS.get((architecture, size)) or _POINTERS[80, size]
     ranked = []

@@ -25,9 +25,9 @@ import triton.language as tl
 from nlkernels import _launch, _tune
 from nlkernels._launch import Config
 from nlkernels._spec import Problem
+from nlkernels.ops import _triton_tiles as tile
 from nlkernels.ops._tiles import LOG2E, Buffer, padded, staged_tiles
-from nlkernels.ops.softmax import _triton_tiles as tile
-from nlkernels.ops.softmax._triton_tiles import operand, suited
+from nlkernels.ops._triton_tiles import operand, suited
 
 # The combine kernel takes this many rows, and key tiles at a time.
 _COMBINE = Config(64, 16, warps=4)

@@ -1,4 +1,4 @@
-"""Tiles of the staged kernels: their sizes, and how they are read and written.
+"""Tiles of the attention kernels: their sizes, and how they are read and written.
 
 Operands are read by pointer, or by descriptor where a copy engine takes them.
 A descriptor's box spans one batch item, so what lies beyond an item's rows or channels reads as
@@ -112,6 +112,31 @@ def d_score_configs(problem: Problem, architecture: int) -> list[Config]:
         Config(64, 128, 64, stages=3, descriptors=True),
         Config(128, 128, 32, warps=8, stages=3),
     ]
+
+
+def arrangement(
+    config: Config, depth: int, value_depth: int, dtype: torch.dtype
+) -> dict[str, int | bool]:
+    """Channels of a tile, and how many tiles of value channels there are.
+
+    A thread accumulates 128 values of its 255 registers, 64 where addresses take their share, 32
+    where products of float32 in pieces do.
+    """
+    streamed = 0 < config.depth < depth
+    lanes = 32 * config.warps * (2 if config.specialised else 1)
+    accumulators = 32 if dtype == torch.float32 else 128 if config.descriptors else 64
+    values = min(padded_channels(value_depth), accumulators * lanes // config.rows)
+    return {
+        "DEPTH": config.depth if streamed else padded_channels(depth),
+        "STREAMED": streamed,
+        "VALUES": values,
+        "VALUE_TILES": triton.cdiv(value_depth, values),
+    }
+
+
+def padded_channels(channels: int) -> int:
+    """Channels of a tile that takes them all: a power of two, and enough for a tensor core."""
+    return max(16, triton.next_power_of_2(channels))
 
 
 def _has_much_shared(architecture: int) -> bool:

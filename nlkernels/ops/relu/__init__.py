@@ -1,0 +1,1 @@
+"""Rectified scaled scores, divided by the number of keys: kind "relu"."""
