@@ -1,0 +1,1 @@
+"""Context pooling of the channel gate: one softmax over all positions."""
