@@ -4,7 +4,6 @@ A model keeps an inserted block in the attribute `nl` of the layer that the bloc
 checkpoint keys read `<layer>.nl.<parameter>` in every model.
 """
 
-import inspect
 import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -14,6 +13,8 @@ from torch import nn
 
 from nlkernels._spec import nearest
 from nlkernels.modules import NonLocalBlock3d
+from nlkernels.modules.options import BlockOptions
+from nlkernels.modules.presets import preset_options
 
 VARIANTS = ("nonlocal", "local")
 
@@ -185,39 +186,51 @@ def _local_widths(dim: int, parameters: int) -> tuple[int, int]:
     return min(pairs, key=preference)
 
 
-def check_block_options(where: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+def check_block_options(
+    where: str,
+    options: Mapping[str, Any] | None,
+    defaults: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Options of an inserted block as a new dictionary that includes "variant".
 
     Args:
         where: name for the error messages.
-        options: keyword arguments of `NonLocalBlock3d` (without `dim`) and "variant", or None.
+        options: keyword arguments of `NonLocalBlock3d` (without `dim`), "variant", and "preset": a
+            published system's options, which the others replace; or None.
+        defaults: options that hold where neither `options` nor a preset says otherwise.
+
+    Returns:
+        The options, "preset" replaced by what it stands for.
 
     Raises:
         TypeError: not a mapping, or an unknown option.
-        ValueError: unknown variant.
+        ValueError: unknown variant or preset.
     """
-    if options is None:
-        return {"variant": "nonlocal"}
-    if not isinstance(options, Mapping):
+    given = {} if options is None else options
+    if not isinstance(given, Mapping):
         raise TypeError(
             f"{where}: expected block to be a dictionary of options, got {options!r}; "
             "pass for example {'kind': 'softmax'}"
         )
-    known = ["variant", *(key for key in inspect.signature(NonLocalBlock3d).parameters)]
-    known.remove("dim")
-    for option in options:
+    known = ("variant", "preset", *BlockOptions._fields)
+    for option in given:
         if option not in known:
             raise TypeError(
                 f"{where}: expected block options among {', '.join(known)}, "
                 f"got {option!r}{nearest(option, known)}"
             )
-    variant = options.get("variant", "nonlocal")
+    variant = given.get("variant", "nonlocal")
     if variant not in VARIANTS:
         raise ValueError(
             f"{where}: expected block variant to be one of {', '.join(VARIANTS)}, "
             f"got {variant!r}{nearest(variant, VARIANTS)}"
         )
-    return {**options, "variant": variant}
+    arguments = {key: given[key] for key in given if key not in ("variant", "preset")}
+    if "preset" in given:
+        arguments = preset_options(given["preset"], NonLocalBlock3d.dims, arguments)
+    else:
+        arguments = {**(defaults or {}), **arguments}
+    return {**arguments, "variant": variant}
 
 
 def check_block_count(where: str, blocks: int, counts: Collection[int]) -> None:

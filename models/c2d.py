@@ -80,12 +80,13 @@ class C2DTiny(nn.Module):
         num_classes: number of classes.
         width: multiplier of the channel counts 16, 32, 32, 64, 64, 128.
         blocks: 0, 1 (behind the fifth layer) or 2 (behind the fourth and the fifth).
-        block: options of `NonLocalBlock3d`, and "variant": "nonlocal" or "local".
+        block: options of `NonLocalBlock3d`, "variant" ("nonlocal" or "local") and "preset" (a
+            published system's options).
         dropout: probability in front of the classifier, in training mode.
 
     Raises:
         TypeError: width or block of the wrong type, unknown block option.
-        ValueError: width, blocks, variant or dropout out of range.
+        ValueError: width, blocks, variant, preset or dropout out of range.
     """
 
     def __init__(

@@ -65,7 +65,7 @@ def create_model(name: str, *, num_classes: int, width: float = 1.0, **options: 
         num_classes: number of classes, the length of a row of logits.
         width: multiplier of every channel count; the products are rounded to multiples of 8.
         **options: options of that model, the keyword arguments of its builder. All models have
-            `blocks` (how many), `block` (options of `NonLocalBlock3d`, and "variant") and
+            `blocks` (how many), `block` (options of `NonLocalBlock3d`, "variant", "preset") and
             `dropout` (probability in front of the classifier).
 
     Returns:

@@ -37,11 +37,13 @@ from nlkernels.models.blocks import (
 # The epsilon of the Caffe2 original, for the backbone and for its non-local blocks.
 NORM_EPS = 1.0000001e-5
 
-# (layer, bottleneck) that a block follows, by the number of blocks.
+# (layer, bottleneck) that a block follows, by the number of blocks. The original places 5 behind
+# every second bottleneck of layer2 and layer3 (its LAYER_MOD is 2), and 10 behind every one (1).
 BLOCK_PLACES: dict[int, tuple[tuple[int, int], ...]] = {
     0: (),
     1: ((3, 4),),
     5: ((2, 1), (2, 3), (3, 1), (3, 3), (3, 5)),
+    10: (*((2, index) for index in range(4)), *((3, index) for index in range(6))),
 }
 
 
@@ -59,15 +61,15 @@ class VideoResNet(nn.Module):
             lengths are the depths of the layers.
         num_classes: number of classes.
         width: multiplier of the channel counts.
-        blocks: number of non-local blocks: 0, 1 (behind the fifth bottleneck of layer3) or 5
-            (two in layer2, three in layer3).
-        block: options of `NonLocalBlock3d`, and "variant": "nonlocal" or "local". `norm_eps`
-            defaults to that of the original.
+        blocks: number of non-local blocks: 0, 1 (behind the fifth bottleneck of layer3), 5 (behind
+            every second bottleneck of layer2 and layer3) or 10 (behind each of them).
+        block: options of `NonLocalBlock3d`, "variant" ("nonlocal" or "local") and "preset" (a
+            published system's options). Without a preset, `norm_eps` is that of the original.
         dropout: probability in front of the classifier, in training mode.
 
     Raises:
         TypeError: width or block of the wrong type, unknown block option.
-        ValueError: width, blocks, variant or dropout out of range.
+        ValueError: width, blocks, variant, preset or dropout out of range.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class VideoResNet(nn.Module):
     ) -> None:
         super().__init__()
         check_block_count(name, blocks, BLOCK_PLACES)
-        options = {"norm_eps": NORM_EPS, **check_block_options(name, block)}
+        options = check_block_options(name, block, {"norm_eps": NORM_EPS})
         self.name = name
         channels = scaled(64, width)
         self.conv1 = nn.Conv3d(

@@ -16,16 +16,35 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._warmup import warmup
-    from .functional import explain, nonlocal_attention, region_aggregate
-    from .modules import NonLocalBlock3d, set_nonlocal_backend
+    from .functional import (
+        channel_gate,
+        explain,
+        nonlocal_attention,
+        nonlocal_concat,
+        region_aggregate,
+    )
+    from .modules import (
+        ChannelGate,
+        NonLocalBlock1d,
+        NonLocalBlock2d,
+        NonLocalBlock3d,
+        SegmentBlock,
+        set_nonlocal_backend,
+    )
     from .verify import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChannelGate",
+    "NonLocalBlock1d",
+    "NonLocalBlock2d",
     "NonLocalBlock3d",
+    "SegmentBlock",
+    "channel_gate",
     "explain",
     "nonlocal_attention",
+    "nonlocal_concat",
     "region_aggregate",
     "set_nonlocal_backend",
     "verify",
@@ -33,9 +52,15 @@ __all__ = [
 ]
 
 _HOME = {
+    "ChannelGate": ".modules",
+    "NonLocalBlock1d": ".modules",
+    "NonLocalBlock2d": ".modules",
     "NonLocalBlock3d": ".modules",
+    "SegmentBlock": ".modules",
+    "channel_gate": ".functional",
     "explain": ".functional",
     "nonlocal_attention": ".functional",
+    "nonlocal_concat": ".functional",
     "region_aggregate": ".functional",
     "set_nonlocal_backend": ".modules",
     "verify": ".verify",

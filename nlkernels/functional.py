@@ -1,28 +1,30 @@
 """Non-local operations as functions, in the manner of torch.nn.functional."""
 
-import math
+import inspect
 from collections.abc import Callable
 
 import torch
 
-from nlkernels import _env, _select
-from nlkernels._spec import (
-    BACKENDS,
-    DTYPES,
-    KINDS,
-    Problem,
-    autocasts,
-    check_choice,
-    check_operands,
-    default_scale,
+from nlkernels import _select
+from nlkernels._arguments import (
+    attention_operands,
+    concat_operands,
+    gate_operands,
+    region_operands,
+    requested_backend,
 )
+from nlkernels._spec import Problem, check_choice, describe
+from nlkernels.ops.concat import op as concat
+from nlkernels.ops.concat.problem import problem as concat_problem
 from nlkernels.ops.dot_product import op as dot_product
+from nlkernels.ops.gate import op as gate
+from nlkernels.ops.gate.problem import GateProblem
 from nlkernels.ops.region import op as region
 from nlkernels.ops.region.problem import RegionProblem
-from nlkernels.ops.region.problem import check_operands as check_region
+from nlkernels.ops.relu import op as relu
 from nlkernels.ops.softmax import op as softmax
 
-_OP_OF_KIND = {"softmax": softmax, "gaussian": softmax, "dot_product": dot_product}
+_OP_OF_KIND = {"softmax": softmax, "gaussian": softmax, "dot_product": dot_product, "relu": relu}
 
 
 def nonlocal_attention(
@@ -39,18 +41,20 @@ def nonlocal_attention(
 
     softmax, gaussian:  out[i] = sum_j softmax_j(scale * query[i].key[j]) * value[j]
     dot_product:        out[i] = sum_j scale * query[i].key[j] / M * value[j]
+    relu:               out[i] = sum_j relu(scale * query[i].key[j]) / M * value[j]
 
     Args:
         query: (B, N, D), float16, bfloat16, float32 or float64, any strides.
         key: (B, M, D), same dtype and device.
         value: (B, M, V), same dtype and device; V may differ from D.
-        kind: "softmax" (embedded Gaussian), "gaussian" (the same function, unscaled by default) or
-            "dot_product".
+        kind: "softmax" (embedded Gaussian), "gaussian" (the same function, unscaled by default),
+            "dot_product" or "relu". Where M = 0 the last two give zeros.
         scale: factor of every query.key; None means D**-0.5 for softmax and 1 otherwise.
         backend: "auto" (the environment variable NLKERNELS_BACKEND when set, else the fastest
-            measured), "reference" (plain autograd, materialises the scores), "chunked" or "sdpa".
-        workspace_mib: MiB for the tiles of the backend chunked; None is 10 on CPUs and 40 on GPUs,
-            0 the least, 16 rows of scores.
+            measured), "reference" (plain autograd, materialises the scores), "chunked", "triton" or
+            "sdpa" (softmax and gaussian only).
+        workspace_mib: MiB for tiles of scores; None is 10 on CPUs and 40 on GPUs, 0 the least, 16
+            rows of scores, and in the forward of the backend triton none.
 
     Returns:
         (B, N, V), dtype of the operands, contiguous. In an autocast region the operands are cast
@@ -62,10 +66,10 @@ def nonlocal_attention(
         NotImplementedError: the named backend cannot serve this problem.
 
     Memory:
-        The backend chunked: at most `workspace_mib`, and for 16-bit dtypes what the docstring of
-        nlkernels/ops/<op>/chunked.py adds. Kept for the backward, by every backend but "reference"
-        and, on GPUs, "sdpa": the operands; for softmax and gaussian also the output and 8 bytes a
-        query (16 in float64).
+        The backends chunked and triton: at most `workspace_mib`, and what the docstrings of
+        nlkernels/ops/<op>/ add. Kept for the backward, by every backend but "reference" and, on
+        GPUs, "sdpa": the operands; for softmax and gaussian also the output and 8 bytes a query
+        (16 in float64). A tensor that is several operands is kept, and cast, once.
 
     Determinism:
         Bitwise repeatable, forward and backward, for a device and thread count: no atomics. On GPUs
@@ -85,11 +89,69 @@ def nonlocal_attention(
 
     Source:
         X. Wang, R. Girshick, A. Gupta, K. He, "Non-local Neural Networks", CVPR 2018;
-        facebookresearch/video-nonlocal-net.
+        facebookresearch/video-nonlocal-net. relu: G. Huang, A. G. Bors, "Region-based Non-local
+        Operation for Video Classification", ICPR 2020.
     """
-    query, key, value, scale = _prepare(query, key, value, kind, scale)
-    backend = _requested(backend, workspace_mib)
+    query, key, value, scale = attention_operands(query, key, value, kind, scale)
+    backend = requested_backend(backend, workspace_mib)
     return _OP_OF_KIND[kind].attention(query, key, value, scale, backend, workspace_mib)
+
+
+def nonlocal_concat(
+    query_score: torch.Tensor,
+    key_score: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Every query position's sum of all values, weighted by the rectified sum of two scores.
+
+    out[i] = sum_j relu(query_score[i] + key_score[j]) * value[j] / M
+
+    This is the affinity of concatenated embeddings, relu(w . [theta_i, phi_j]): its weight vector
+    splits into two, and so the score of a pair into w_theta . theta_i + w_phi . phi_j. It is exact
+    in time linear in N and M, apart from sorting the scores.
+
+    Args:
+        query_score: (B, N), float16, bfloat16, float32 or float64, any strides.
+        key_score: (B, M), same dtype and device.
+        value: (B, M, V), same dtype and device.
+        backend: "auto" (the environment variable NLKERNELS_BACKEND when set, else the fastest
+            measured), "reference" (plain autograd, materialises the scores), "chunked" or "triton".
+
+    Returns:
+        (B, N, V), dtype of the operands, contiguous; zeros where M = 0. In an autocast region the
+        operands are cast to its dtype first, as torch.matmul does.
+
+    Raises:
+        TypeError: an operand is no tensor or has another dtype.
+        ValueError: sizes or devices do not fit; unknown backend.
+        NotImplementedError: the named backend cannot serve this problem.
+
+    Memory:
+        What the docstrings of nlkernels/ops/concat/chunked.py and triton.py state: linear in N and
+        M. Kept for the backward: the operands.
+
+    Determinism:
+        Bitwise repeatable, forward and backward, for a device and thread count: no atomics.
+
+    Differentiation:
+        The derivative of relu at 0 is 0. Gradients of gradients go through the definition, tile by
+        tile; gradients of those through the whole definition, in N x M memory. vmap, forward mode
+        and nested torch.func gradients raise RuntimeError.
+
+    Example:
+        >>> import torch, nlkernels
+        >>> query_score, key_score = torch.randn(2, 3136), torch.randn(2, 784)
+        >>> nlkernels.nonlocal_concat(query_score, key_score, torch.randn(2, 784, 64)).shape
+        torch.Size([2, 3136, 64])
+
+    Source:
+        X. Wang, R. Girshick, A. Gupta, K. He, "Non-local Neural Networks", CVPR 2018, concatenation
+        (without their bias, as in open-mmlab/mmcv and AlexHex7/Non-local_pytorch).
+    """
+    operands = concat_operands(query_score, key_score, value)
+    return concat.attend(*operands, requested_backend(backend, None, "nonlocal_concat"))
 
 
 def region_aggregate(
@@ -140,15 +202,86 @@ def region_aggregate(
         G. Huang, A. G. Bors, "Region-based Non-local Operation for Video Classification", ICPR
         2020; guoxih/region-based-non-local-network.
     """
-    x, weight = _prepare_region(x, weight)
-    return region.aggregate(x, weight, _requested(backend, None, "region_aggregate"))
+    x, weight = region_operands(x, weight)
+    return region.aggregate(x, weight, requested_backend(backend, None, "region_aggregate"))
+
+
+def channel_gate(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    transform: Callable[[torch.Tensor], torch.Tensor],
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Add to every position a function of one context, the attended mean of all positions.
+
+    context[b] = sum_p softmax_p(weight . x[b,:,p] + bias) * x[b,:,p]
+    out[b,:,p] = x[b,:,p] + transform(context)[b]
+
+    Args:
+        x: (B, C, *positions) with 1 to 3 axes of positions, float16, bfloat16, float32 or float64,
+            any strides; read without a copy in NCDHW, channels last, and as frames (B T, C, H, W)
+            seen as a clip.
+        weight: (C,), same dtype and device.
+        bias: (1,) or None. It shifts every logit alike, so it changes nothing; its gradient is 0.
+        transform: context (B, C) -> (B, C); what it holds is trained through it.
+        backend: of the context: "auto" (the environment variable NLKERNELS_BACKEND when set, else
+            the fastest measured), "reference" (plain autograd), "chunked" or "triton".
+
+    Returns:
+        x + transform(context), shape of x; its dtype is x's where transform returns that or, as in
+        an autocast region, a narrower one. There the operands of the context are cast to the
+        region's dtype first.
+
+    Raises:
+        TypeError: an operand is no tensor or has another dtype; transform is not callable.
+        ValueError: sizes or devices do not fit, there is no position, transform returns another
+            shape; unknown backend.
+        NotImplementedError: the named backend cannot serve this problem.
+
+    Memory:
+        What the docstrings of nlkernels/ops/gate/chunked.py and triton.py state: a few numbers a
+        position. Kept for the backward: x, weight, bias and the context, and what transform keeps.
+
+    Determinism:
+        Bitwise repeatable, forward and backward, for a device and thread count: no atomics; as far
+        as transform is.
+
+    Differentiation:
+        Gradients of gradients go through the definition, an item at a time. vmap, forward mode and
+        nested torch.func gradients raise RuntimeError.
+
+    Example:
+        >>> import torch, nlkernels
+        >>> x, weight = torch.randn(2, 64, 4, 14, 14), torch.randn(64)
+        >>> nlkernels.channel_gate(x, weight, transform=torch.nn.Linear(64, 64)).shape
+        torch.Size([2, 64, 4, 14, 14])
+
+    Source:
+        Y. Cao, J. Xu, S. Lin, F. Wei, H. Hu, "GCNet", 2019; guoxih/region-based-non-local-network.
+    """
+    operands = gate_operands(x, weight, bias)
+    if not callable(transform):
+        raise TypeError(
+            f"channel_gate: expected transform to be callable, got {type(transform).__name__}; "
+            "pass a module or function of the context (B, C)"
+        )
+    added = transform(gate.pool(*operands, requested_backend(backend, None, "channel_gate")))
+    if not isinstance(added, torch.Tensor) or added.shape != x.shape[:2]:
+        raise ValueError(
+            f"channel_gate: expected transform to return {tuple(x.shape[:2])}, got "
+            f"{describe(added)}; it maps the context to one number a channel"
+        )
+    return x + added[(..., *[None] * (x.dim() - 2))]
 
 
 def explain(op_name: str, *operands: torch.Tensor, **options) -> _select.Explanation:
     """Say which backend a call would use, and why each other one would not run.
 
     Args:
-        op_name: name of a public operation: "nonlocal_attention" or "region_aggregate".
+        op_name: name of a public operation: "nonlocal_attention", "nonlocal_concat",
+            "region_aggregate" or "channel_gate".
         *operands: the tensors of that call.
         **options: its keyword arguments.
 
@@ -157,7 +290,7 @@ def explain(op_name: str, *operands: torch.Tensor, **options) -> _select.Explana
 
     Raises:
         What the operation itself raises for these operands and options; ValueError for an unknown
-        operation.
+        operation, TypeError for an option that it does not have.
 
     Example:
         >>> import torch, nlkernels
@@ -166,7 +299,15 @@ def explain(op_name: str, *operands: torch.Tensor, **options) -> _select.Explana
         'chunked'
     """
     check_choice("explain", "op_name", op_name, tuple(_EXPLAINERS))
-    return _EXPLAINERS[op_name](*operands, **options)
+    explainer = _EXPLAINERS[op_name]
+    known = list(inspect.signature(explainer).parameters)
+    for name in options:
+        if name not in known:
+            raise TypeError(
+                f"explain: expected arguments of {op_name} out of {', '.join(known)}, got "
+                f"{name!r}; leave it out"
+            )
+    return explainer(*operands, **options)
 
 
 def _explain_attention(
@@ -179,78 +320,47 @@ def _explain_attention(
     backend: str = "auto",
     workspace_mib: float | None = None,
 ) -> _select.Explanation:
-    query, key, value, _ = _prepare(query, key, value, kind, scale)
-    backend = _requested(backend, workspace_mib)
+    query, key, value, _ = attention_operands(query, key, value, kind, scale)
+    backend = requested_backend(backend, workspace_mib)
     return _select.explain(_OP_OF_KIND[kind].NAME, Problem.of(query, key, value), backend)
+
+
+def _explain_concat(
+    query_score: torch.Tensor,
+    key_score: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    backend: str = "auto",
+) -> _select.Explanation:
+    operands = concat_operands(query_score, key_score, value)
+    backend = requested_backend(backend, None, "nonlocal_concat")
+    return _select.explain(concat.NAME, concat_problem(*operands), backend)
 
 
 def _explain_region(
     x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto"
 ) -> _select.Explanation:
-    x, weight = _prepare_region(x, weight)
-    backend = _requested(backend, None, "region_aggregate")
+    x, weight = region_operands(x, weight)
+    backend = requested_backend(backend, None, "region_aggregate")
     return _select.explain(region.NAME, RegionProblem.of(x, weight), backend)
+
+
+def _explain_gate(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    backend: str = "auto",
+) -> _select.Explanation:
+    x, weight, _ = gate_operands(x, weight, bias)
+    backend = requested_backend(backend, None, "channel_gate")
+    return _select.explain(gate.NAME, GateProblem.of(x, weight), backend)
 
 
 _EXPLAINERS: dict[str, Callable[..., _select.Explanation]] = {
     "nonlocal_attention": _explain_attention,
+    "nonlocal_concat": _explain_concat,
     "region_aggregate": _explain_region,
+    "channel_gate": _explain_gate,
 }
-
-
-def _prepare(query, key, value, kind: str, scale: float | None):
-    """Check a call's arguments; cast for autocast; resolve the scale."""
-    check_choice("nonlocal_attention", "kind", kind, KINDS)
-    query, key, value = _autocast(query, key, value)
-    check_operands(query, key, value)
-    if scale is None:
-        scale = default_scale(kind, query.shape[2])
-    elif not isinstance(scale, int | float):
-        raise TypeError(
-            f"nonlocal_attention: expected scale to be a number or None, got "
-            f"{type(scale).__name__}; pass float(scale)"
-        )
-    elif not -math.inf < scale < math.inf:
-        raise ValueError(
-            f"nonlocal_attention: expected a finite scale, got {scale}; "
-            "None gives the kind's default"
-        )
-    return query, key, value, float(scale)
-
-
-def _prepare_region(x, weight):
-    """Cast for autocast; check the operands."""
-    x, weight = _autocast(x, weight)
-    check_region(x, weight)
-    return x, weight
-
-
-def _autocast(*operands):
-    """In an autocast region, cast floating operands except float64 to its dtype."""
-    device = operands[0].device.type if isinstance(operands[0], torch.Tensor) else "meta"
-    if not autocasts(device):
-        return operands
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in DTYPES[:3] else t
-        for t in operands
-    )
-
-
-def _is_size(number: object) -> bool:
-    return isinstance(number, int | float) and 0 <= number < math.inf
-
-
-def _requested(backend: str, workspace_mib: float | None, where: str = "nonlocal_attention") -> str:
-    """The backend that a call asks for, by argument or environment."""
-    if backend == "auto":
-        backend = _env.read("NLKERNELS_BACKEND")
-        check_choice("NLKERNELS_BACKEND", "the value", backend, BACKENDS)
-    else:
-        check_choice(where, "backend", backend, BACKENDS)
-    if workspace_mib is not None and not _is_size(workspace_mib):
-        raise ValueError(
-            "nonlocal_attention: expected workspace_mib to be a finite number of 0 or more, got "
-            f"{workspace_mib!r}; None gives the device's default"
-        )
-    return backend

@@ -17,6 +17,7 @@ import torch
 import nlkernels
 
 from . import _cache, _device, _env, _launch, _paths, _trust
+from ._spec import KINDS
 
 Rows = list[tuple[str, str]]
 
@@ -34,7 +35,9 @@ _DISTRIBUTIONS = (
 
 # res3 of a ResNet-50 on 8 frames of 224 x 224 pixels: N = 8*28*28, keys pooled by 2 x 2.
 _TYPICAL_BATCH, _TYPICAL_N, _TYPICAL_M, _TYPICAL_D = 1, 6272, 1568, 256
-_KINDS = ("softmax", "gaussian", "dot_product")
+_TYPICAL_POSITIONS, _TYPICAL_REGION = (8, 28, 28), (3, 7, 7)
+# Kinds of attention, and the operations beside it.
+_LISTED = (*KINDS, "nonlocal_concat", "region_aggregate", "channel_gate")
 
 
 def report() -> str:
@@ -127,20 +130,23 @@ def _backends() -> Rows:
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16):
-            rows += [(f"{device} {_short(dtype)} {k}", _explain(k, device, dtype)) for k in _KINDS]
+            rows += [
+                (f"{device} {_short(dtype)} {what}", _explain(what, device, dtype))
+                for what in _LISTED
+            ]
     shape = f"batch {_TYPICAL_BATCH}, N {_TYPICAL_N}, M {_TYPICAL_M}, D = V = {_TYPICAL_D}"
-    return [("problem", f"{shape}, with gradients"), *rows]
+    features = "x".join(map(str, _TYPICAL_POSITIONS))
+    region = "x".join(map(str, _TYPICAL_REGION))
+    others = f"region and gate: {_TYPICAL_D} channels of {features}, regions {region}"
+    return [("problem", f"{shape}; {others}; with gradients"), *rows]
 
 
-def _explain(kind: str, device: str, dtype: torch.dtype) -> str:
-    query = torch.empty(_TYPICAL_BATCH, _TYPICAL_N, _TYPICAL_D, device=device, dtype=dtype)
-    key = torch.empty(_TYPICAL_BATCH, _TYPICAL_M, _TYPICAL_D, device=device, dtype=dtype)
-    value = torch.empty_like(key)
-    for operand in (query, key, value):
-        operand.requires_grad_()
+def _explain(what: str, device: str, dtype: torch.dtype) -> str:
+    operands, options = _typical(what, device, dtype)
+    op = "nonlocal_attention" if what in KINDS else what
     try:
         with _trust.held():
-            explanation = nlkernels.explain("nonlocal_attention", query, key, value, kind=kind)
+            explanation = nlkernels.explain(op, *operands, **options)
     except (NotImplementedError, ValueError) as error:
         return f"error: {error}"
     others = [
@@ -149,6 +155,22 @@ def _explain(kind: str, device: str, dtype: torch.dtype) -> str:
         if name != explanation.backend
     ]
     return "\n".join([explanation.backend, *others])
+
+
+def _typical(
+    what: str, device: str, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], dict[str, str]]:
+    """Operands and options of a typical call of an operation, or of a kind of attention."""
+    batch, queries, keys, depth = _TYPICAL_BATCH, _TYPICAL_N, _TYPICAL_M, _TYPICAL_D
+    sizes = {
+        "nonlocal_concat": [(batch, queries), (batch, keys), (batch, keys, depth)],
+        "region_aggregate": [(batch, depth, *_TYPICAL_POSITIONS), (depth, *_TYPICAL_REGION)],
+        "channel_gate": [(batch, depth, *_TYPICAL_POSITIONS), (depth,)],
+    }
+    attention = [(batch, queries, depth), (batch, keys, depth), (batch, keys, depth)]
+    options = {"device": device, "dtype": dtype, "requires_grad": True}
+    operands = [torch.empty(size, **options) for size in sizes.get(what, attention)]
+    return operands, {"kind": what} if what in KINDS else {}
 
 
 def _kernels() -> Rows:

@@ -28,6 +28,7 @@ CALLS = {
     "mixed_dtypes": ((Q, K.double(), V), {}, TypeError, "key (2, 7, 4) float64"),
     "mixed_devices": ((Q, K.to("meta"), V), {}, ValueError, "one device.*on meta.*move them"),
     "kind": ((Q, K, V), {"kind": "softmx"}, ValueError, "did you mean 'softmax'"),
+    "concat": ((Q, K, V), {"kind": "concat"}, ValueError, "got 'concat'.*call nonlocal_concat("),
     "backend": ((Q, K, V), {"backend": "chunky"}, ValueError, "did you mean 'chunked'"),
     "unserved": ((Q, K, V), {"backend": "sdpa"}, NotImplementedError, "needs D == V"),
     "scale_type": ((Q, K, V), {"scale": "1"}, TypeError, "number or None, got str; pass float"),
@@ -55,6 +56,21 @@ def test_attention_refuses_before_it_starts(name):
         assert text.startswith("nonlocal_attention: expected") and ", got " in text and ";" in text
 
 
+@pytest.mark.parametrize(
+    ("op_name", "known"),
+    [
+        ("nonlocal_attention", "query, key, value, kind, scale, backend, workspace_mib"),
+        ("nonlocal_concat", "query_score, key_score, value, backend"),
+        ("region_aggregate", "x, weight, backend"),
+        ("channel_gate", "x, weight, bias, transform, backend"),
+    ],
+)
+def test_explain_names_the_arguments_of_an_operation(op_name, known):
+    message = f"explain: expected arguments of {op_name} out of {known}, got 'attn_mask'; leave it"
+    with pytest.raises(TypeError, match=f"^{pattern(message)}"):
+        nlkernels.explain(op_name, Q, K, V, attn_mask=Q)
+
+
 def test_explain_checks_like_the_call():
     with pytest.raises(ValueError, match=r"one of nonlocal_attention, .*got 'atention'"):
         nlkernels.explain("atention", Q, K, V)
@@ -68,7 +84,7 @@ BLOCKS = {
     "kind": ((8,), {"kind": "gausian"}, "did you mean 'gaussian'"),
     "pool": ((8,), {"pool": (2, 2)}, "three positive sizes (t, h, w) or None, got (2, 2)"),
     "pool_order": ((8,), {"pool_order": "between"}, "one of before, after, got 'between'"),
-    "norm": ((8,), {"norm": "layer"}, "norm to be one of batch, got 'layer'"),
+    "norm": ((8,), {"norm": "layer"}, "norm to be one of batch, affine, got 'layer'"),
     "zero_init": ((8,), {"zero_init": "gama"}, "did you mean 'gamma'"),
     "gamma_without_norm": ((8,), {"norm": None}, "use zero_init='weight'"),
     "init": ((8,), {"init": "xavier"}, "one of normal, kaiming, default"),
@@ -78,7 +94,7 @@ BLOCKS = {
     "dim_none": ((None,), {}, "dim of 1 or more, got None"),
     "pool_number": ((8,), {"pool": 5}, "three positive sizes (t, h, w) or None, got 5"),
     "scale": ((8,), {"scale": float("nan")}, "scale to be a finite number, got nan"),
-    "norm_eps": ((8,), {"norm_eps": "x"}, "norm_eps to be a finite number, got 'x'"),
+    "norm_eps": ((8,), {"norm_eps": "x"}, "norm_eps to be a finite number of 0 or more, got 'x'"),
 }
 
 

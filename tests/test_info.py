@@ -8,6 +8,8 @@ import torch
 
 import nlkernels
 from nlkernels import _cache, _env, _launch, _paths, info
+from nlkernels._spec import KINDS
+from nlkernels.functional import _EXPLAINERS
 
 
 def _section(text: str, title: str) -> str:
@@ -37,15 +39,44 @@ def test_devices():
     assert ("cuda:0" in text) == torch.cuda.is_available()
 
 
-@pytest.mark.parametrize("kind", ["softmax", "gaussian", "dot_product"])
-def test_backends_with_reasons(kind):
-    query, key = torch.empty(1, 6272, 256), torch.empty(1, 1568, 256)
-    explanation = nlkernels.explain("nonlocal_attention", query, key, key, kind=kind)
-    text = _section(info.report(), "backends")
-    assert f"cpu float32 {kind}" in text
-    assert explanation.backend in text
-    for name in explanation.reasons:
-        assert name in text
+@pytest.fixture(scope="module")
+def backends():
+    return _section(info.report(), "backends")
+
+
+def _row(text: str, label: str) -> str:
+    """The lines of one label: those below it have none."""
+    lines = text.splitlines()
+    (first,) = (number for number, line in enumerate(lines) if line.startswith(f"  {label} "))
+    end = first + 1
+    while end < len(lines) and lines[end].startswith("   "):
+        end += 1
+    return "\n".join(lines[first:end])
+
+
+def _operands(name: str) -> list[torch.Tensor]:
+    features = torch.empty(1, 256, 8, 28, 28)
+    rows, keys = torch.empty(1, 6272, 256), torch.empty(1, 1568, 256)
+    return {
+        "nonlocal_concat": [rows[..., 0], keys[..., 0], keys],
+        "region_aggregate": [features, torch.empty(256, 3, 7, 7)],
+        "channel_gate": [features, torch.empty(256)],
+    }.get(name, [rows, keys, keys])
+
+
+@pytest.mark.parametrize("name", [*KINDS, "nonlocal_concat", "region_aggregate", "channel_gate"])
+def test_backends_with_reasons(name, backends):
+    op, options = ("nonlocal_attention", {"kind": name}) if name in KINDS else (name, {})
+    explanation = nlkernels.explain(op, *_operands(name), **options)
+    row = _row(backends, f"cpu float32 {name}")
+    assert row.split()[3] == explanation.backend
+    for backend, reason in explanation.reasons.items():
+        assert backend == explanation.backend or f"not {backend}: {reason}" in row
+
+
+def test_every_public_operation_is_listed(backends):
+    for name in set(_EXPLAINERS) - {"nonlocal_attention"}:
+        assert f"cpu bfloat16 {name}" in backends
 
 
 def test_kernels_and_what_is_known_of_them(monkeypatch, tmp_path):

@@ -13,6 +13,10 @@ PLACES = {
     ("c2d_tiny", 2): ["layers.3.nl", "layers.4.nl"],
     ("c2d_r50_8x8", 1): ["layer3.4.nl"],
     ("i3d_r50_8x8", 0): [],
+    ("i3d_r50_8x8", 10): [
+        *(f"layer2.{index}.nl" for index in range(4)),
+        *(f"layer3.{index}.nl" for index in range(6)),
+    ],
     ("i3d_r50_8x8", 5): ["layer2.1.nl", "layer2.3.nl", "layer3.1.nl", "layer3.3.nl", "layer3.5.nl"],
 }
 SMALL_CLIP = (2, 3, 4, 32, 32)
@@ -39,6 +43,30 @@ def test_block_options_arrive():
         assert nl.theta.bias is None
         assert nl.norm.eps == 0.5
         assert nl.kind == "dot_product"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_presets_arrive_and_other_options_win(variant):
+    block = {"preset": "mmaction_i3d", "kind": "gaussian", "variant": variant}
+    model = create_model("i3d_r50_8x8", num_classes=2, width=0.125, blocks=1, block=block)
+    nl = model.layer3[4].nl
+    if variant == "local":
+        assert isinstance(nl, LocalBlock3d)
+        return
+    assert (nl.kind, nl.pool_order, nl.scale) == ("gaussian", "after", 1.0)
+    assert nl.out.bias is None
+    assert nl.norm.eps == 1e-5  # the preset's, not the original's
+    with pytest.raises(ValueError, match="did you mean 'mmaction_i3d'"):
+        create_model("c2d_tiny", num_classes=2, block={"preset": "mmaction_i3"})
+
+
+@pytest.mark.parametrize("kind", ["relu", "concat", "region_softmax", "region_relu"])
+def test_every_kind_trains_inside_a_model(kind):
+    block = {"kind": kind, "zero_init": None}
+    model = create_model("c2d_tiny", num_classes=2, width=0.5, blocks=1, block=block)
+    F.cross_entropy(model(torch.randn(SMALL_CLIP)), torch.tensor([1, 0])).backward()
+    for name, parameter in model.layers[4].nl.named_parameters():
+        assert parameter.grad.isfinite().all(), name
 
 
 def test_resnet_blocks_follow_the_original():

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nlkernels.models import create_model, list_models
 
-BLOCKS = {"c2d_tiny": (0, 1, 2), "c2d_r50_8x8": (0, 1, 5), "i3d_r50_8x8": (0, 1, 5)}
+BLOCKS = {"c2d_tiny": (0, 1, 2), "c2d_r50_8x8": (0, 1, 5, 10), "i3d_r50_8x8": (0, 1, 5, 10)}
 CASES = [
     pytest.param(name, blocks, variant, id=f"{name}-blocks{blocks}-{variant}")
     for name, counts in BLOCKS.items()

@@ -51,7 +51,7 @@ MISTAKES = {
         "i3d_r50_8x8",
         {"blocks": 2},
         ValueError,
-        r"i3d_r50_8x8: expected blocks to be one of 0, 1, 5, got 2",
+        r"i3d_r50_8x8: expected blocks to be one of 0, 1, 5, 10, got 2",
     ),
     "block-count-bool": ("c2d_tiny", {"blocks": True}, ValueError, r"one of 0, 1, 2, got True"),
     "block-not-a-mapping": ("c2d_tiny", {"block": "softmax"}, TypeError, r"got 'softmax'; pass"),

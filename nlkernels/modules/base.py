@@ -1,0 +1,393 @@
+"""What the non-local blocks of all dimensions do."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nlkernels import functional
+from nlkernels._select import Explanation
+from nlkernels._spec import BACKENDS, check_choice
+from nlkernels.modules import inputs, layers, printed
+from nlkernels.modules.affinity import affinity, block_diagonal, scores
+from nlkernels.modules.footprint import Footprint, footprint
+from nlkernels.modules.options import REGION_KINDS, BlockOptions, Norm, complete, factor
+from nlkernels.modules.presets import preset_options
+
+# The operation's kind for a block's.
+_ATTENTION = {"region_softmax": "softmax", "region_relu": "relu"}
+# Projections of the kinds that do not have all three: a region's key and value are its query's.
+_PROJECTIONS = {"gaussian": ("g",), "region_softmax": ("theta",), "region_relu": ("theta",)}
+
+
+class NonLocalBlock(nn.Module):
+    """What `NonLocalBlock1d`, `NonLocalBlock2d` and `NonLocalBlock3d` share; see the last."""
+
+    dims: int
+    is_nonlocal = True
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        inner: int | None = None,
+        kind: str = "softmax",
+        pool: tuple[int, ...] | str | None = "default",
+        pool_order: str | None = None,
+        scale: float | None = None,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        norm: Norm = "batch",
+        norm_eps: float = 1e-5,
+        norm_momentum: float | None = 0.1,
+        zero_init: str | None = "gamma",
+        init: str | float = "normal",
+        out_init: str | float | None = None,
+        temporal_group: int | None = None,
+        region_kernel: tuple[int, ...] | None = None,
+        region_l2norm: bool = False,
+        input_size: tuple[int, ...] | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        given = BlockOptions(
+            inner=inner,
+            kind=kind,
+            pool=pool,
+            pool_order=pool_order,
+            scale=scale,
+            qkv_bias=qkv_bias,
+            out_bias=out_bias,
+            norm=norm,
+            norm_eps=norm_eps,
+            norm_momentum=norm_momentum,
+            zero_init=zero_init,
+            init=init,
+            out_init=out_init,
+            temporal_group=temporal_group,
+            region_kernel=region_kernel,
+            region_l2norm=region_l2norm,
+            input_size=input_size,
+            backend=backend,
+        )
+        options = complete(self._name, self.dims, dim, given)
+        self.dim, self.inner, self.kind = dim, options.inner, kind
+        self.pool_size, self.pool_order = options.pool, options.pool_order
+        self.scale, self.temporal_group = scale, temporal_group
+        self.region_kernel, self.region_l2norm = options.region_kernel, region_l2norm
+        self.input_size = None if input_size is None else tuple(input_size)
+        self.backend = None
+        if backend is not None:
+            self.set_backend(backend)
+        if input_size is not None:
+            inputs.check_positions(self, self._name, self.input_size[-self.dims :])
+        self._build(options)
+
+    @classmethod
+    def from_preset(cls, name: str, dim: int, **overrides: Any) -> Self:
+        """A new block with the options of a published system.
+
+        Two systems' stages differ: pass temporal_group=4 for caffe2_affine in res3 (and nowhere
+        else), and region_kernel=(3, 3, 3) for rnl in res4.
+
+        Args:
+            name: a key of `nlkernels.modules.presets.PRESETS`.
+            dim: channels of the input and the output.
+            **overrides: options that replace the preset's.
+
+        Returns:
+            A block, initialised as that system initialises its own.
+
+        Raises:
+            ValueError: unknown preset, or what the constructor raises.
+            TypeError: unknown option.
+
+        Example:
+            >>> import nlkernels
+            >>> block = nlkernels.NonLocalBlock3d.from_preset("tsm", 512)
+            >>> block.pool_order, block.scale
+            ('after', 1.0)
+        """
+        return cls(dim, **preset_options(name, cls.dims, overrides))
+
+    @classmethod
+    def from_foreign(
+        cls, state_dict: Mapping[str, Any], preset: str, *, prefix: str = "", **options: Any
+    ) -> Self:
+        """A new block with the weights of another system's block.
+
+        Args:
+            state_dict: that block's arrays or tensors by its own keys.
+            preset: the system, by the name of its preset.
+            prefix: what stands before the keys of this block.
+            **options: options that the keys do not show and that differ from the preset's.
+
+        Returns:
+            A block in training mode that computes what theirs does.
+
+        Raises:
+            ValueError, TypeError: see `nlkernels.state_dict.import_block`.
+
+        Example:
+            >>> import nlkernels
+            >>> theirs = nlkernels.NonLocalBlock3d.from_preset("slowfast", 8).to_foreign("slowfast")
+            >>> nlkernels.NonLocalBlock3d.from_foreign(theirs, "slowfast").dim
+            8
+        """
+        from nlkernels import state_dict as foreign
+
+        return foreign.import_block(cls, state_dict, preset, prefix=prefix, **options)
+
+    def to_foreign(
+        self, preset: str, *, prefix: str = "", **options: Any
+    ) -> dict[str, torch.Tensor]:
+        """This block's weights as another system's block names and shapes them.
+
+        Args:
+            preset: the system, by the name of its preset.
+            prefix: put before every key.
+            **options: options of that system's block that differ from the preset's.
+
+        Returns:
+            Copies of the weights. In evaluation mode a block of that system computes the same.
+
+        Raises:
+            ValueError, TypeError: see `nlkernels.state_dict.export_block`.
+
+        Example:
+            >>> import nlkernels
+            >>> sorted(nlkernels.NonLocalBlock3d(8).to_foreign("slowfast"))[0]
+            'bn.bias'
+        """
+        from nlkernels import state_dict as foreign
+
+        return foreign.export_block(self, preset, prefix=prefix, **options)
+
+    def footprint(
+        self,
+        input_size: tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        training: bool = True,
+    ) -> Footprint:
+        """Memory of the attention for an input, and of the naive form; printed as one line.
+
+        Args:
+            input_size: (B, dim, *positions), or the positions alone for B = 1.
+            dtype: of the attention, as under autocast; None is that of the weights.
+            device: where it would run; None is that of the weights.
+            training: include the backward.
+
+        Returns:
+            A `nlkernels.modules.footprint.Footprint`. It is reckoned: nothing runs.
+
+        Raises:
+            ValueError, TypeError: see `nlkernels.modules.footprint.footprint`.
+
+        Example:
+            >>> import nlkernels
+            >>> block = nlkernels.NonLocalBlock3d(64, backend="chunked")
+            >>> block.footprint((4, 14, 14), training=False).keys
+            196
+        """
+        return footprint(self, input_size, dtype, device, training)
+
+    def set_backend(self, backend: str) -> None:
+        """Use `backend` from now on; see `nonlocal_attention`."""
+        check_choice(self._name, "backend", backend, BACKENDS)
+        self.backend = backend
+
+    def forward(
+        self, x: torch.Tensor, return_map: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """(B, dim, *positions) -> the same.
+
+        With `return_map` also the whole normalised affinity (B, N, M), in at least float32: it
+        materialises what the block otherwise avoids. Keys of other temporal groups have 0.
+        """
+        inputs.check(self, x)
+        folded = self._fold(x)
+        rows = self._rows(*self._features(folded))
+        out = self._finish(folded, self._attend(*rows))
+        if folded is not x:
+            out = out.unflatten(0, (x.shape[0], -1)).transpose(1, 2).flatten(2, 3)
+            out = out.contiguous(memory_format=layers.memory_format(x))
+        if not return_map:
+            return out
+        weights = affinity(self.kind, rows[0], rows[1], self._factor)
+        return out, block_diagonal(weights, x.shape[0])
+
+    def attention_map(self, x: torch.Tensor, query: tuple[int, ...]) -> torch.Tensor:
+        """Affinity of one query position to every key position, one row of the matrix.
+
+        Args:
+            x: (B, dim, *positions).
+            query: position in x, such as (t, y, x), of integers of any library.
+
+        Returns:
+            (B, *key positions), after pooling and within the query's temporal group, in at least
+            float32. For the softmax kinds it sums to 1 for each item of the batch.
+
+        Raises:
+            ValueError: wrong input, or a position outside of it.
+
+        Memory:
+            The projections of x for keys and O(M) scores; never the whole matrix.
+
+        Example:
+            >>> import torch, nlkernels
+            >>> block = nlkernels.NonLocalBlock3d(8)
+            >>> block.attention_map(torch.randn(1, 8, 4, 6, 6), query=(0, 2, 3)).shape
+            torch.Size([1, 4, 3, 3])
+        """
+        inputs.check(self, x)
+        query = inputs.position(query, x)
+        if self.temporal_group is not None:
+            start = query[0] // self.temporal_group * self.temporal_group
+            x = x[:, :, start : start + self.temporal_group]
+            query = (query[0] - start, *query[1:])
+        at = (slice(None), slice(None), *(slice(position, position + 1) for position in query))
+        if self.kind in REGION_KINDS:
+            region = self._aggregated(self.theta(x))
+            point, keys = region[at], self._pooled(region, "after")
+        else:
+            point, keys = self._query(x[at]), self._key(self._pooled(x, "before"))
+        rows = self._rows(point, keys)
+        return affinity(self.kind, *rows, self._factor).squeeze(1).unflatten(1, keys.shape[2:])
+
+    def explain(self, x: torch.Tensor) -> Explanation:
+        """Say which backend attends for an input like `x`, and why the others do not.
+
+        Args:
+            x: (B, dim, *positions).
+
+        Returns:
+            An `Explanation`, of one group's attention where `temporal_group` is set. For region
+            kinds `problem` also names the backend that aggregates.
+
+        Raises:
+            What `forward` raises.
+
+        Example:
+            >>> import torch, nlkernels
+            >>> block = nlkernels.NonLocalBlock3d(64, kind="dot_product")
+            >>> block.explain(torch.zeros(2, 64, 4, 14, 14)).backend
+            'chunked'
+        """
+        inputs.check(self, x)
+        with torch.no_grad():
+            features = self._features(self._fold(x))
+            rows = self._rows(*features)
+            if self.kind == "concat":
+                return functional.explain("nonlocal_concat", *rows, backend=self._backend)
+            found = functional.explain("nonlocal_attention", *rows, **self._options())
+            if self.region is None:
+                return found
+            # The aggregated map stands for theta's, which has its size, dtype and format.
+            regions = self.region.explain(features[0], layers.region_backend(self.backend))
+            return found._replace(problem=f"{found.problem}; {regions.backend} aggregates regions")
+
+    def extra_repr(self) -> str:
+        return printed.line(self)
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    @property
+    def _backend(self) -> str:
+        return "auto" if self.backend is None else self.backend
+
+    @property
+    def _factor(self) -> float:
+        return factor(self.kind, self.scale, self.inner)
+
+    def _options(self) -> dict[str, Any]:
+        kind = _ATTENTION.get(self.kind, self.kind)
+        return {"kind": kind, "scale": self._factor, "backend": self._backend}
+
+    def _build(self, options: BlockOptions) -> None:
+        convolution = layers.CONVOLUTIONS[self.dims]
+        norm = layers.norm(self._name, self.dims, self.dim, options)
+        projections = _PROJECTIONS.get(self.kind, ("theta", "phi", "g"))
+        for name in projections:
+            layer = convolution(self.dim, self.inner, 1, bias=options.qkv_bias)
+            self.add_module(name, layer)
+        self.out = convolution(self.inner, self.dim, 1, bias=options.out_bias)
+        for name in projections:
+            layers.initialise(self.get_submodule(name), options.init)
+        layers.initialise(self.out, options.out_init)
+        self.norm = norm
+        self.pool = None if options.pool is None else layers.POOLINGS[self.dims](options.pool)
+        self.region = None
+        if self.region_kernel is not None and max(self.region_kernel) > 1:
+            self.region = layers.RegionAggregation(self.inner, self.region_kernel)
+            self.region.initialise(options.init)
+        if self.kind == "concat":
+            self.concat_weight = nn.Parameter(torch.empty(2, self.inner))
+            layers.initialise_concat(self.concat_weight, options.out_init)
+        layers.close(self.out, self.norm, options.zero_init)
+
+    def _fold(self, x: torch.Tensor) -> torch.Tensor:
+        """Groups of frames as items of the batch: (B T/t, C, t, H, W)."""
+        group = self.temporal_group
+        if group is None or group >= x.shape[2]:
+            return x
+        return x.unflatten(2, (-1, group)).transpose(1, 2).flatten(0, 1)
+
+    def _features(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Maps (B, channels, *positions) of query, key and value; one that is two is computed once.
+
+        Of a region kind, query and key are theta's aggregated map and the value is theta's own.
+        """
+        if self.kind in REGION_KINDS:
+            value = self.theta(x)
+            query = self._aggregated(value)
+            return query, self._pooled(query, "after"), self._pooled(value, "after")
+        source = self._pooled(x, "before")
+        return self._query(x), self._key(source), self._pooled(self.g(source), "after")
+
+    def _query(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.kind == "gaussian" else self.theta(x)
+
+    def _key(self, source: torch.Tensor) -> torch.Tensor:
+        return self._pooled(source if self.kind == "gaussian" else self.phi(source), "after")
+
+    def _pooled(self, features: torch.Tensor, order: str) -> torch.Tensor:
+        """The features, pooled if this block pools at this point."""
+        pools = self.pool is not None and self.pool_order == order
+        return self.pool(features) if pools else features
+
+    def _aggregated(self, features: torch.Tensor) -> torch.Tensor:
+        if self.region is not None:
+            features = self.region(features, layers.region_backend(self.backend))
+        if self.region_l2norm:
+            wide = features.to(torch.promote_types(features.dtype, torch.float32))
+            features = F.normalize(wide, dim=1).to(features.dtype)
+        return features
+
+    def _rows(self, *features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Operands of the attention: query (B,N,D), key (B,M,D) and, if given, value (B,M,V).
+
+        They are views. For "concat" query and key are scores (B,N) and (B,M).
+        """
+        if torch.compiler.is_compiling():  # Dynamo takes no tensor for two of an operator's inputs
+            rows = [feature.flatten(2).mT for feature in features]
+        else:
+            once = {id(feature): feature.flatten(2).mT for feature in features}
+            rows = [once[id(feature)] for feature in features]
+        if self.kind == "concat":
+            rows[:2] = map(scores, rows[:2], self.concat_weight)
+        return tuple(rows)
+
+    def _attend(self, *rows: torch.Tensor) -> torch.Tensor:
+        if self.kind == "concat":
+            return functional.nonlocal_concat(*rows, backend=self._backend)
+        return functional.nonlocal_attention(*rows, **self._options())
+
+    def _finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        maps = attended.mT.unflatten(2, x.shape[2:])
+        out = self.out(maps.contiguous(memory_format=layers.memory_format(x)))
+        return x + (out if self.norm is None else self.norm(out))
