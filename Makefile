@@ -30,7 +30,8 @@ test: ## all tests but the long ones, in a fresh environment
 	$(MAKE) --no-print-directory .venv-test/ready
 	.venv-test/bin/python -m pytest -m "not gate"
 
-gates: .venv-test/ready .venv-gates36/ready ## the long tests; the kernels with Triton 3.6.0, too
+gates: .venv-test/ready .venv-gates36/ready .venv-foreign/ready ## the long tests; the kernels with Triton 3.6.0, too; parity with other packages
+	.venv-foreign/bin/python -m pytest tests/foreign
 	.venv-gates36/bin/python -m pytest $(TRITON_TESTS)
 	.venv-test/bin/python -m pytest -m gate
 
@@ -39,16 +40,21 @@ lint: .venv/ready ## style of the Python code
 	.venv/bin/ruff format --check .
 
 clean: ## remove environments and build products, keep runs/
-	rm -rf .venv .venv-test .venv-gates36 build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-test .venv-gates36 .venv-foreign build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/ready .venv-test/ready: INSTALLED := --editable ".[all]"
 # The oldest Triton that is served; its interpreter needs a numpy of its time.
 .venv-gates36/ready: INSTALLED := pytest "triton==3.6.0" "numpy<2.4"
+# The blocks of pytorchvideo and mmcv. Everything is named: these packages ask for video readers and
+# an OpenCV with windows, which their blocks never touch.
+.venv-foreign/ready: INSTALLED := --no-deps pytorchvideo==0.1.5 mmcv-lite==2.2.0 mmengine==0.10.7 \
+	addict opencv-python-headless numpy pillow platformdirs pyyaml termcolor yapf \
+	rich markdown-it-py mdurl pygments pytest iniconfig packaging pluggy
 
 # One recipe for all environments. `ready` is written last, so an interrupted installation starts
 # again; a changed pyproject.toml or setup.py installs again.
-.venv/ready .venv-test/ready .venv-gates36/ready: %/ready: pyproject.toml setup.py
+.venv/ready .venv-test/ready .venv-gates36/ready .venv-foreign/ready: %/ready: pyproject.toml setup.py
 	rm -rf $*
 	$(PYTHON) -m venv $*
 	$*/bin/python $(PIP_INSTALL) "$(TORCH)"

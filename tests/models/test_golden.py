@@ -1,6 +1,5 @@
 """The 8 x 8 ResNets against golden vectors of the Caffe2 original (weights by blob name)."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 from nlkernels.models import create_model
+from tests.golden_cases import deviation, load
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 TOLERANCE = 1e-9
@@ -19,14 +19,6 @@ SUFFIXES = {
     "rm": "running_mean",
     "riv": "running_var",
 }
-
-
-def load_case(name):
-    """The case, its weights by blob name and its inputs."""
-    spec = importlib.util.spec_from_file_location("procedural", GOLDEN / "procedural.py")
-    procedural = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(procedural)
-    return procedural, *procedural.load(GOLDEN / f"{name}.json")
 
 
 def model_key(blob):
@@ -50,9 +42,9 @@ def model_key(blob):
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="golden vectors (../shared/golden) are absent")
 @pytest.mark.parametrize("name", ["c2d", "i3d"])
 def test_golden(name):
-    procedural, case, blobs, inputs = load_case(f"c2_{name}_r50_nl_8x8")
+    case = load(GOLDEN / f"c2_{name}_r50_nl_8x8.json")
     model = create_model(f"{name}_r50_8x8", num_classes=20, blocks=5).double().eval()
-    state = {model_key(blob): torch.from_numpy(array) for blob, array in blobs.items()}
+    state = {model_key(blob): torch.from_numpy(array) for blob, array in case.state.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     assert all(key.endswith("num_batches_tracked") for key in missing)
@@ -72,13 +64,11 @@ def test_golden(name):
         )
     with torch.no_grad():
         outputs["location_logits"] = model.location_logits(
-            torch.from_numpy(inputs["clip"]).double()
+            torch.from_numpy(case.inputs["clip"]).double()
         )
     outputs["probabilities"] = outputs["location_logits"].softmax(-1).mean(dim=(1, 2, 3))
 
-    assert set(outputs) == set(case["outputs"])
-    deviation = {
-        tap: procedural.compare(case["outputs"][tap], output.numpy())
-        for tap, output in outputs.items()
-    }
-    assert max(deviation.values()) < TOLERANCE, deviation
+    digests = case.record["outputs"]
+    assert set(outputs) == set(digests)
+    deviations = {tap: deviation(digests[tap], output) for tap, output in outputs.items()}
+    assert max(deviations.values()) < TOLERANCE, deviations
