@@ -16,6 +16,8 @@ from benchmarks.results import load
 
 CASE = "c2d_r50_128x1/res3@224"
 SHAPE = {"B": 2, "N": 12544, "M": 3136, "D": 256, "V": 256}
+# Scores are one number for each position.
+SHAPES = {"concat": SHAPE | {"D": 1}}
 
 Rows = Mapping[str, Mapping[str, Any]]
 """Provider name -> its row, within one problem."""
@@ -87,6 +89,10 @@ LINES = (
         0.95,
         _speedup("chunked", "two_bmm"),
     ),
+    *(
+        Line("concat", "float32", passes, "chunked over naive", bound, _speedup("chunked", "naive"))
+        for passes, bound in (("forward", 14.0), ("forward_backward", 8.0))
+    ),
 )
 
 
@@ -105,7 +111,8 @@ def verdicts(report: Mapping[str, Any]) -> list[tuple[Line, float | None, bool]]
     result = []
     for line in LINES:
         rows = measured.get((line.kind, line.dtype, line.passes), {})
-        at_shape = all(row["shape"] == SHAPE for row in rows.values())
+        shape = SHAPES.get(line.kind, SHAPE)
+        at_shape = all(row["shape"] == shape for row in rows.values())
         try:
             value = line.measure(rows) if at_shape else None
         except (KeyError, TypeError):

@@ -39,9 +39,16 @@ class WrongResult(Exception):
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor, scale: float, *, kind: str) -> Tensor:
-    """bmm, normalise, bmm: the definition as published blocks write it."""
+    """bmm, normalise, bmm: the definition as published blocks write it, (B,N,1) scores of concat
+    added up rather than multiplied.
+    """
+    if kind == "concat":
+        return torch.bmm(torch.relu(query + key.transpose(1, 2)), value) / key.shape[1]
     scores = torch.bmm(query, key.transpose(1, 2)) * scale
-    weights = scores / key.shape[1] if kind == "dot_product" else torch.softmax(scores, dim=-1)
+    if kind == "relu":
+        weights = torch.relu(scores) / key.shape[1]
+    else:
+        weights = scores / key.shape[1] if kind == "dot_product" else torch.softmax(scores, dim=-1)
     return torch.bmm(weights, value)
 
 
@@ -83,7 +90,7 @@ def truth_of(
     if passes == "forward":
         return truth
     grad_scores = _grad_scores(case, weights, grad_out[:, rows] @ value.transpose(1, 2))
-    truth["grad_query"] = grad_scores @ key * case.scale
+    truth["grad_query"] = grad_scores @ _factor(case, key)
     query, key, value, grad_out = query[-1], key[-1], value[-1], grad_out[-1]
     grad_key = torch.zeros(len(sample.keys), case.d, dtype=torch.float64, device=key.device)
     grad_value = torch.zeros(len(sample.keys), case.v, dtype=torch.float64, device=key.device)
@@ -93,7 +100,7 @@ def truth_of(
         weights = _weights(case, part, key)
         grad_scores = _grad_scores(case, weights, grad_part @ value.T)
         grad_value += weights[:, sample.keys].T @ grad_part
-        grad_key += grad_scores[:, sample.keys].T @ part * case.scale
+        grad_key += grad_scores[:, sample.keys].T @ _factor(case, part)
     return truth | {"grad_key": grad_key, "grad_value": grad_value}
 
 
@@ -102,13 +109,24 @@ def _items(operands: tuple[Tensor, ...], sample: Sample) -> list[Tensor]:
 
 
 def _weights(case: Case, query: Tensor, key: Tensor) -> Tensor:
+    if case.kind == "concat":
+        return (query + key.transpose(-1, -2)).relu() / case.m
     scores = query @ key.transpose(-1, -2) * case.scale
+    if case.kind == "relu":
+        return scores.relu() / case.m
     return scores / case.m if case.kind == "dot_product" else torch.softmax(scores, dim=-1)
+
+
+def _factor(case: Case, other: Tensor) -> Tensor:
+    """What a score's derivative by query, or by key, is: scaled key, scaled query; 1 for concat."""
+    return torch.ones_like(other) if case.kind == "concat" else other * case.scale
 
 
 def _grad_scores(case: Case, weights: Tensor, grad_weights: Tensor) -> Tensor:
     if case.kind == "dot_product":
         return grad_weights / case.m
+    if case.kind in ("relu", "concat"):
+        return grad_weights / case.m * (weights > 0)
     return weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
 
 

@@ -25,14 +25,19 @@ from benchmarks.sanitize import Ended, run_together
 from benchmarks.stage import DEADLINE, RowFile, clean, read_rows, supervise_all
 
 BUDGET_S = 470.0
-FOLDERS = ("tests/ops", "tests")
+FOLDERS = ("tests/ops", "tests/modules", "tests")
+OPERATIONS = ("softmax", "relu", "dot_product", "concat", "region", "gate")
 KERNEL_TESTS = ("test_triton*.py", "test_region*.py", "test_verify.py")
 OTHER_TESTS = (
     "test_launch.py",
     "test_tune.py",
-    "test_modules.py",
+    "test_block*.py",
+    "test_segments.py",
+    "test_concat*.py",
+    "test_gate*.py",
     "test_attention.py",
     "test_contract.py",
+    "test_shared_operands.py",
     "test_dispatch.py",
     "test_fuzz.py",
 )
@@ -64,7 +69,7 @@ def verify_commands(device: str) -> dict[str, list[str]]:
         return {"softmax": [*command, *only]}
     return {
         f"{op} {dtype}": [*command, "--op", op, "--dtype", dtype]
-        for op in ("softmax", "region")
+        for op in OPERATIONS
         for dtype in ("bfloat16", "float16", "float32")
     }
 

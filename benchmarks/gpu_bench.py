@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gate import measure_gate
 from benchmarks.gpu_plan import Job, plan, reduced
 from benchmarks.gpu_summary import PEERS, floors, print_summary
 from benchmarks.kernel_rows import configuration_rows, kernel_rows
@@ -154,8 +155,8 @@ def run(
     watch.begin(job.name, 60)
     rounds = options.rounds or ROUNDS
     gemm = ceilings["gemm_tflops"].get(job.dtype)
-    if job.kind == "region":
-        return measure_region(
+    if job.kind in ("region", "gate"):
+        return (measure_region if job.kind == "region" else measure_gate)(
             job.case,
             job.dtype,
             job.passes,

@@ -1,14 +1,21 @@
 """What the stage `bench` measures on a GPU, the most wanted first: time may end it anywhere.
 
 Attention shapes are those of registry.py at batches that fill a large GPU, and one long problem of
-512 channels that no published network has. The aggregation of region-based blocks is measured at
-the shapes of its network.
+512 channels that no published network has. The aggregation and the gate of region-based blocks are
+measured at the shapes of their network.
+
+dot_product is asked at clips of few keys too: only there do scores cost fewer operations than two
+library products in the linear order, and only there can its kernels be worth keeping.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from benchmarks.gate import FUNCTIONS as GATE_PROVIDERS
+from benchmarks.gate import LAYERS as GATE_LAYERS
+from benchmarks.gate import GateCase
 from benchmarks.measure import PASSES
 from benchmarks.peers import COMPILED, QUICK, SWEEP
 from benchmarks.region import FUNCTIONS as REGION_PROVIDERS
@@ -17,6 +24,15 @@ from benchmarks.region import RegionCase
 from benchmarks.registry import CASES, Case, select_cases
 
 LONG = Case("long_512", "softmax", 4, 8192, 8192, 512, 512)
+# res4 and res5 of 4 frames at 224 px, keys pooled: M below D V / (D + V).
+FEW_KEYS = tuple(
+    Case(f"few_keys_{width}", "dot_product", 8, 4 * size**2, size**2, width, width)
+    for size, width in ((14, 512), (7, 1024))
+)
+
+
+# Kinds that are measured at a shape of softmax with kernels of their own.
+OWN_KERNELS = ("relu", "dot_product", "concat", "gate")
 
 
 @dataclass(frozen=True)
@@ -24,8 +40,8 @@ class Job:
     """One problem for some providers, or one question about our kernels.
 
     Attributes:
-        kind: "attention", "region", "kernels" (each kernel alone) or "configurations" (every
-            candidate of every kernel).
+        kind: "attention", "region", "gate", "kernels" (each kernel alone) or "configurations"
+            (every candidate of every kernel).
         case: The problem.
         dtype: Name of the dtype.
         passes: "forward" or "forward_backward".
@@ -34,7 +50,7 @@ class Job:
     """
 
     kind: str
-    case: Case | RegionCase
+    case: Case | RegionCase | GateCase
     dtype: str
     passes: str
     providers: tuple[str, ...] = ()
@@ -45,6 +61,8 @@ class Job:
         """Unique within a plan."""
         what = {COMPILED: " compiled", SWEEP: " workspaces"}.get(self.providers, "")
         kind = self.case.kind if self.kind == "attention" else self.kind
+        if self.kind in ("kernels", "configurations") and self.case.kind in OWN_KERNELS:
+            kind = f"{self.case.kind} {kind}"
         return f"{self.case.name} {kind}{what} {self.dtype} {self.passes}"
 
 
@@ -57,6 +75,8 @@ def plan() -> list[Job]:
     short = [_case(f"c2d_r50_8x8/{stage}@224", "softmax", 8) for stage in ("res3", "res4")]
     wanted = [res3, LONG, gaussian_res3, gaussian_res4]
     region = [case for layer in REGION_LAYERS for case in layer]
+    relu, concat = (_case("c2d_r50_128x1/res3@224", kind, 4) for kind in ("relu", "concat"))
+    unnormalised = [relu, concat, _case("rnl_r50_8seg/layer3@224", "relu", 8), *FEW_KEYS]
     wider = [
         res4,
         _case("c2d_r50_128x1/res3@256", "softmax", 2),
@@ -67,13 +87,21 @@ def plan() -> list[Job]:
         *_quick(wanted, "bfloat16"),
         *_region([case for case in region if case.taps == (3, 7, 7)], "bfloat16"),
         *_quick(short, "bfloat16"),
+        *_quick(unnormalised, "bfloat16"),
+        *_gate(GATE_LAYERS[:2], "bfloat16"),
         *(Job("kernels", case, "bfloat16", PASSES[1]) for case in (LONG, res3, gaussian_res4)),
+        *(
+            Job("kernels", case, "bfloat16", PASSES[1])
+            for case in (*unnormalised[:4], GATE_LAYERS[0])
+        ),
         Job("attention", LONG, "bfloat16", PASSES[0], SWEEP),
         *(Job("attention", c, "bfloat16", PASSES[1], SWEEP) for c in (LONG, res3, gaussian_res4)),
         *_compiled([*wanted, *short], "bfloat16"),
         *_quick(wider, "bfloat16"),
+        *_gate(GATE_LAYERS[2:], "bfloat16"),
         *_region([case for case in region if case.taps != (3, 7, 7)], "bfloat16"),
         *(Job("configurations", case, "bfloat16", PASSES[1]) for case in (res3, LONG, *region[:2])),
+        Job("configurations", relu, "bfloat16", PASSES[1]),
         *_compiled(wider[:3], "bfloat16"),
         *_quick([res3, LONG], "float16"),
         *_quick([res3, LONG], "float32"),
@@ -97,7 +125,9 @@ def reduced() -> list[Job]:
     return jobs
 
 
-def _small(case: Case | RegionCase) -> Case | RegionCase:
+def _small(case: Case | RegionCase | GateCase) -> Case | RegionCase | GateCase:
+    if isinstance(case, GateCase):
+        return replace(case, batch=1, channels=24, positions=(2, 3, 5))
     if isinstance(case, RegionCase):
         # The interpreter's time is that of the taps.
         return replace(case, batch=1, channels=4, positions=(2, 3, 4), taps=(1, 3, 3))
@@ -118,6 +148,12 @@ def _compiled(cases: list[Case], dtype: str) -> list[Job]:
         Job("attention", case, dtype, passes, COMPILED, limit_s=90)
         for case in cases
         for passes in PASSES
+    ]
+
+
+def _gate(cases: Sequence[GateCase], dtype: str) -> list[Job]:
+    return [
+        Job("gate", c, dtype, passes, tuple(GATE_PROVIDERS)) for c in cases for passes in PASSES
     ]
 
 

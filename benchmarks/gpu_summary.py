@@ -9,6 +9,7 @@ PEERS = (
     "naive",
     "compiled",
     "two_bmm",
+    "tiled",
     "sdpa_flash",
     "sdpa_efficient",
     "sdpa_cudnn",

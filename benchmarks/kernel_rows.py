@@ -7,15 +7,18 @@ matrix product of the same sizes as the second one.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks import region
+from benchmarks import gate, region
 from benchmarks.checks import Judge, step
+from benchmarks.gate import GateCase
 from benchmarks.measure import Call, Judging, compare, derive, make_operands
 from benchmarks.peers import GPU_PROVIDERS
 from benchmarks.region import RegionCase
@@ -33,6 +36,8 @@ _PRODUCTS: dict[str, Callable[[Case], int]] = {
     "_values_kernel": lambda case: case.v,
     "_d_scores_kernel": lambda case: case.d + case.v,
     "attend": lambda case: case.d + case.v,
+    "_weights_kernel": lambda case: case.d,
+    "_fused_kernel": lambda case: case.d + case.v,
 }
 
 
@@ -73,7 +78,7 @@ def recorded() -> Iterator[Recorder]:
 
 
 def kernel_rows(
-    case: Case,
+    case: Case | GateCase,
     dtype_name: str,
     device: torch.device,
     *,
@@ -81,27 +86,25 @@ def kernel_rows(
     gemm: float | None,
     begin: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Rows of every kernel of the forward and of the backward of one problem."""
-    from nlkernels.ops.softmax import triton as backend
-
+    """Rows of every kernel of the forward and of the backward of one problem, by the kernels' own
+    module: those of dot_product are measured where `auto` has two library products, too.
+    """
     dtype = getattr(torch, dtype_name)
-    query, key, value, grad = make_operands(case, dtype, device, seed=0)
     begin("recording")
+    run_forward, prepared = _whole_passes(case, dtype, device)
     with recorded() as forward:
-        out, stats = backend.forward(query, key, value, case.scale)
-    arguments = (grad, query, key, value, out, stats, case.scale)
+        result = run_forward()
+    run_backward = prepared(result)
     with recorded() as backward:
-        backend.backward(*arguments)
+        run_backward()
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     for passes, recorder in (("forward", forward), ("backward", backward)):
         for name, launches in recorder.launches.items():
             calls[passes, name] = _in_order(launches)
-    calls["forward", "whole pass"] = lambda: backend.forward(query, key, value, case.scale)
-    calls["backward", "whole pass"] = lambda: backend.backward(*arguments)
-    if case.batch * case.n * case.m * dtype.itemsize <= LIBRARY_MIB << 20:
-        scores = torch.randn(case.batch, case.n, case.m, device=device)
-        weights = torch.softmax(scores, -1).to(dtype)
-        calls["forward", "library product of weights and value"] = lambda: weights @ value
+    calls["forward", "whole pass"] = run_forward
+    calls["backward", "whole pass"] = run_backward
+    library = _library_products(case, dtype, device)
+    calls |= {("forward", f"library {name}"): call for name, call in library.items()}
     begin("timing")
     rows = []
     for (passes, name), samples in interleave(calls, Timer(device), rounds).items():
@@ -125,6 +128,55 @@ def kernel_rows(
     return rows
 
 
+def _whole_passes(
+    case: Case | GateCase, dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[[], Any], Callable[[Any], Callable[[], Any]]]:
+    """The forward of the backend triton, and what makes the backward of its result."""
+    if isinstance(case, GateCase):
+        from nlkernels.ops.gate import triton as backend
+
+        x, weight, grad = gate.make_operands(case, dtype, device)
+        d_context = grad.flatten(2).sum(-1)
+        return (
+            lambda: backend.forward(x, weight),
+            lambda context: lambda: backend.backward(d_context, x, weight, context),
+        )
+    query, key, value, grad = make_operands(case, dtype, device, seed=0)
+    backend, scale = _backend(case.kind), (case.scale,)
+    if case.kind == "concat":
+        query, key, scale = query.squeeze(2), key.squeeze(2), ()
+    operands = (query, key, value)
+
+    def prepared(result: Any) -> Callable[[], Any]:
+        kept = result if isinstance(result, tuple) else ()
+        return lambda: backend.backward(grad, *operands, *kept, *scale)
+
+    return lambda: backend.forward(*operands, *scale), prepared
+
+
+def _backend(kind: str) -> Any:
+    op = "softmax" if kind == "gaussian" else kind
+    return importlib.import_module(f"nlkernels.ops.{op}.triton")
+
+
+def _library_products(
+    case: Case | GateCase, dtype: torch.dtype, device: torch.device
+) -> dict[str, Callable[[], Tensor]]:
+    """What a library's products of the same sizes take: the second one; dot_product by two."""
+    if isinstance(case, GateCase):
+        return {}
+    query, key, value, _ = make_operands(case, dtype, device, seed=0)
+    found = {}
+    if case.batch * case.n * case.m * dtype.itemsize <= LIBRARY_MIB << 20:
+        scores = torch.randn(case.batch, case.n, case.m, device=device)
+        weights = torch.softmax(scores, -1).to(dtype)
+        found["product of weights and value"] = lambda: weights @ value
+    if case.kind == "dot_product":
+        found["products in the linear order"] = lambda: query @ (key.mT @ value)
+        found["products in the quadratic order"] = lambda: (query @ key.mT) @ value
+    return found
+
+
 def _in_order(launches: list[Callable[[], object]]) -> Callable[[], object]:
     def run() -> None:
         for launch in launches:
@@ -133,12 +185,15 @@ def _in_order(launches: list[Callable[[], object]]) -> Callable[[], object]:
     return run
 
 
-def _flop(case: Case, name: str, passes: str) -> int | None:
+def _flop(case: Case | GateCase, name: str, passes: str) -> int | None:
+    """Products that a row computes; None where it reads and writes, or computes fewer."""
+    if isinstance(case, GateCase) or case.kind == "concat":
+        return None
     pair = 2 * case.batch * case.n * case.m
     if name == "whole pass":
         forward = case.flop("forward")
         return forward if passes == "forward" else case.flop("forward_backward") - forward
-    if name.startswith("library"):
+    if name.startswith("library product of"):
         return pair * case.v
     return pair * _PRODUCTS[name](case) if name in _PRODUCTS else None
 
@@ -203,9 +258,15 @@ def _kernels(case: Case | RegionCase, passes: str) -> list[tuple[str, Any]]:
         # The forward's kernel computes the gradient of x too.
         backward = passes == "forward_backward"
         return [item for item in KERNELS.items() if backward == (item[0] != "region_forward")]
+    narrow = max(case.d, case.v) <= triton.FUSED_DEPTH
+    if case.kind in ("relu", "dot_product"):
+        forward = "quadratic_fused" if narrow else "quadratic_weights"
+        name = forward if passes == "forward" else "quadratic_d_scores"
+        return [(name, _backend(case.kind).KERNELS[name])]
+    if case.kind == "concat":
+        return list(_backend("concat").KERNELS.items())
     if passes == "forward_backward":
         return list(triton_backward.KERNELS.items())
-    narrow = max(case.d, case.v) <= triton.FUSED_DEPTH
     return list((triton_fused if narrow else triton_staged).KERNELS.items())
 
 

@@ -65,7 +65,7 @@ def _flex_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
 
 
 def _softmax_only(case: Case, *_: object) -> str:
-    return "has no form without softmax" if case.kind == "dot_product" else SERVED
+    return SERVED if case.kind in ("softmax", "gaussian") else "has no form without softmax"
 
 
 def _ffpa_reason(case: Case, dtype: torch.dtype, device: torch.device) -> str:
@@ -90,7 +90,9 @@ def _ffpa(query: Tensor, key: Tensor, value: Tensor, scale: float, *, tma: bool)
 
 
 def _lean_reason(case: Case, dtype: torch.dtype, device: torch.device) -> str:
-    if max(case.d, case.v) <= FUSED_DEPTH and case.kind != "dot_product":
+    if case.kind == "concat":
+        return "concat has no workspace"
+    if max(case.d, case.v) <= FUSED_DEPTH:
         return "up to 256 channels the forward has no workspace anyway"
     return own_provider("", "triton").reason(case, dtype, device)
 
@@ -122,6 +124,7 @@ GPU_PROVIDERS = PROVIDERS | {
 QUICK = (
     "naive",
     "two_bmm",
+    "tiled",
     "sdpa_flash",
     "sdpa_efficient",
     "sdpa_cudnn",

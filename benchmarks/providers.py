@@ -2,8 +2,11 @@
 and says what it serves.
 
 `naive` is the materialising definition, plain autograd (backend `reference`); `two_bmm` is
-dot_product by two matrix products in the cheaper order; `sdpa_*` are PyTorch's
-`scaled_dot_product_attention` with one backend forced; `chunked` and `auto` are ours.
+dot_product by two matrix products in the cheaper order; `tiled` is concat as published blocks write
+it, a convolution of all pairs' channels; `sdpa_*` are PyTorch's `scaled_dot_product_attention` with
+one backend forced; `chunked` and `auto` are ours.
+
+Query and key of concat are one score for each position: (B, N, 1) and (B, M, 1).
 """
 
 from __future__ import annotations
@@ -67,10 +70,42 @@ def _sdpa(
         )[:, 0]
 
 
+def _tiled(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    # Of V channels, as many as the published blocks' projections have, one holds the score.
+    (batch, n, _), (_, m, v) = query.shape, value.shape
+    rows, columns = (F.pad(t, (0, v - 1)).transpose(1, 2) for t in (query, key))
+    pairs = torch.cat(
+        [
+            rows[:, :, :, None].expand(batch, v, n, m),
+            columns[:, :, None].expand(batch, v, n, m),
+        ],
+        dim=1,
+    )
+    scores = F.conv2d(pairs, pairs.new_ones(1, 2 * v, 1, 1)).squeeze(1)
+    return torch.bmm(F.relu(scores) / m, value)
+
+
+def _tiled_reason(case: Case, dtype: torch.dtype, device: torch.device) -> str:
+    if case.kind != "concat":
+        return "is a form of concat"
+    # All pairs' channels and, in the backward, their gradient; the third is slack.
+    return _fits(3 * 2 * case.v * case.batch * case.n * case.m * dtype.itemsize, "B*2V*N*M", device)
+
+
 def _nonlocal(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, **options: str | float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    *,
+    kind: str,
+    backend: str,
+    workspace_mib: float | None = None,
 ) -> Tensor:
-    return nlkernels.nonlocal_attention(query, key, value, scale=scale, **options)
+    if kind == "concat":
+        return nlkernels.nonlocal_concat(query[..., 0], key[..., 0], value, backend=backend)
+    options = {"backend": backend, "workspace_mib": workspace_mib}
+    return nlkernels.nonlocal_attention(query, key, value, kind=kind, scale=scale, **options)
 
 
 def _available_mib(device: torch.device) -> float:
@@ -85,11 +120,14 @@ def _available_mib(device: torch.device) -> float:
 def materialised_reason(case: Case, dtype: torch.dtype, device: torch.device) -> str:
     """Why a device cannot hold the scores of a case and their gradients."""
     # Scores, weights and the gradients of both live together in the backward; the fifth is slack.
-    needed = 5 * case.batch * case.n * case.m * dtype.itemsize / 2**20
+    return _fits(5 * case.batch * case.n * case.m * dtype.itemsize, "B*N*M", device)
+
+
+def _fits(needed: int, what: str, device: torch.device) -> str:
     free = _available_mib(device)
-    if needed <= free:
+    if needed <= free * 2**20:
         return SERVED
-    return f"materialises B*N*M: needs about {needed:.0f} MiB, {free:.0f} MiB are free"
+    return f"materialises {what}: needs about {needed / 2**20:.0f} MiB, {free:.0f} MiB are free"
 
 
 @cache
@@ -113,7 +151,7 @@ def _sdpa_reason(
 
 def _sdpa_provider(name: str, backend: SDPBackend) -> Provider:
     def reason(case: Case, dtype: torch.dtype, device: torch.device) -> str:
-        if case.kind == "dot_product":
+        if case.kind not in ("softmax", "gaussian"):
             return "scaled_dot_product_attention has no form without softmax"
         refusal = _sdpa_reason(backend, case.d, case.v, dtype, device)
         if refusal or backend is not SDPBackend.MATH:
@@ -129,6 +167,8 @@ def own_provider(name: str, backend: str, workspace_mib: float | None = None) ->
     def reason(case: Case, dtype: torch.dtype, device: torch.device) -> str:
         if backend == "reference":
             return materialised_reason(case, dtype, device)
+        if workspace_mib is not None and case.kind == "concat":
+            return "concat has no workspace"
         try:
             _explain(case, dtype, device, backend)
         except NotImplementedError as error:
@@ -146,6 +186,9 @@ def _explain(case: Case, dtype: torch.dtype, device: torch.device, backend: str)
         torch.empty(case.batch, rows, width, dtype=dtype, device=device)
         for rows, width in ((case.n, case.d), (case.m, case.d), (case.m, case.v))
     )
+    if case.kind == "concat":
+        scores = query[..., 0], key[..., 0]
+        return nlkernels.explain("nonlocal_concat", *scores, value, backend=backend)
     options = {"kind": case.kind, "scale": case.scale, "backend": backend}
     return nlkernels.explain("nonlocal_attention", query, key, value, **options)
 
@@ -164,6 +207,7 @@ PROVIDERS = {
     for provider in (
         own_provider("naive", "reference"),
         Provider("two_bmm", lambda kind: _two_bmm, _two_bmm_reason),
+        Provider("tiled", lambda kind: _tiled, _tiled_reason),
         _sdpa_provider("sdpa_flash", SDPBackend.FLASH_ATTENTION),
         _sdpa_provider("sdpa_efficient", SDPBackend.EFFICIENT_ATTENTION),
         _sdpa_provider("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION),

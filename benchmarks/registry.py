@@ -4,7 +4,7 @@ Every entry is a `Layer`: a stage of a network with its feature grid at each cro
 gives one `Case` per crop size and kind. `N = T*H*W`; the keys are the grid after the block's 2x2
 spatial pooling (`M = N/4`) or, where the network does not pool, the grid itself. Softmax and
 dot_product operate on the block's inner width (`D = V = inner`), gaussian on the layer's channels
-(`D = channels`, `V = inner`).
+(`D = channels`, `V = inner`), concat on one score for each position (`D = 1`, `V = inner`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-KINDS = ("softmax", "gaussian", "dot_product")
+KINDS = ("softmax", "gaussian", "dot_product", "relu", "concat")
+PUBLISHED = ("softmax", "gaussian", "dot_product", "concat")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -39,15 +40,17 @@ class Case:
 
     @property
     def scale(self) -> float:
-        """The multiplier of q.k: D**-0.5 keeps exponentials tame; dot_product has none."""
-        return 1.0 if self.kind == "dot_product" else self.d**-0.5
+        """The multiplier of q.k: D**-0.5 keeps exponentials tame; the other kinds have none."""
+        return self.d**-0.5 if self.kind in ("softmax", "gaussian") else 1.0
 
     def flop(self, passes: str) -> int:
         """Nominal floating-point operations: 2BNM(D+V) forward, 2.5 times that backward.
 
         The count is the same for every implementation, whatever it recomputes or reassociates.
+        Scores of concat are sums, not products: 2BNMV.
         """
-        forward = 2 * self.batch * self.n * self.m * (self.d + self.v)
+        width = self.v if self.kind == "concat" else self.d + self.v
+        forward = 2 * self.batch * self.n * self.m * width
         return forward if passes == "forward" else forward + 5 * forward // 2
 
 
@@ -61,7 +64,8 @@ class Layer:
         channels, inner: Channels entering the block and its inner width.
         batch: Clips per step; the networks train with 8 per GPU, long clips with 2.
         pooled: Whether keys are pooled 2x2 in space.
-        kinds: Affinities published for this layer.
+        kinds: Affinities published for this layer; relu, that of region-based blocks, is also
+            measured at the longest clips.
         also: Other systems whose blocks see the same shape.
     """
 
@@ -71,7 +75,7 @@ class Layer:
     inner: int
     batch: int
     pooled: bool = True
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = PUBLISHED
     also: tuple[str, ...] = ()
 
 
@@ -102,6 +106,7 @@ LAYERS = (
         channels=512,
         inner=256,
         batch=2,
+        kinds=KINDS,
         also=("32x4 without temporal groups", "MindSpore 32 frames res3", "TSM 16 segments layer2"),
     ),
     Layer(
@@ -110,6 +115,7 @@ LAYERS = (
         channels=1024,
         inner=512,
         batch=2,
+        kinds=KINDS,
         also=("32x4", "MindSpore 32 frames res4", "TSM 16 segments layer3"),
     ),
     Layer(
@@ -135,7 +141,7 @@ LAYERS = (
         inner=256,
         batch=8,
         pooled=False,
-        kinds=("softmax",),
+        kinds=("softmax", "relu"),
     ),
     Layer(
         "rnl_r50_8seg/layer3",
@@ -144,7 +150,7 @@ LAYERS = (
         inner=512,
         batch=8,
         pooled=False,
-        kinds=("softmax",),
+        kinds=("softmax", "relu"),
     ),
     Layer(
         "rnl_r50_16seg/layer2",
@@ -153,7 +159,7 @@ LAYERS = (
         inner=256,
         batch=2,
         pooled=False,
-        kinds=("softmax",),
+        kinds=("softmax", "relu"),
     ),
     Layer(
         "rnl_r50_16seg/layer3",
@@ -162,7 +168,7 @@ LAYERS = (
         inner=512,
         batch=2,
         pooled=False,
-        kinds=("softmax",),
+        kinds=("softmax", "relu"),
     ),
     Layer(
         "inception_flow_64/mixed_3c",
@@ -197,7 +203,7 @@ def _cases(layer: Layer) -> list[Case]:
         m = frames * (height // 2) * (width // 2) if layer.pooled else n
         groups = tuple(group for group, names in GROUPS.items() if name in names)
         for kind in layer.kinds:
-            d = layer.channels if kind == "gaussian" else layer.inner
+            d = {"gaussian": layer.channels, "concat": 1}.get(kind, layer.inner)
             cases.append(Case(name, kind, layer.batch, n, m, d, layer.inner, groups=groups))
     return cases
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from benchmarks.kernel_rows import Recorder, recorded
 from benchmarks.region import NAMES, region_step
 from benchmarks.stage import interpret
 
-# Batch, N, M, D, V and workspace: fused with keys shared out among programs, fused with odd
+# Batch, N, M, D, V and workspace; fused with keys shared out among programs, fused with odd
 # channels (no descriptors), staged with several tiles, and the O(N) form of wide channels.
 SOFTMAX = (
     (1, 33, 700, 40, 24, None),
@@ -27,6 +28,11 @@ SOFTMAX = (
     (2, 150, 300, 264, 72, None),
     (1, 77, 45, 264, 72, 0),
 )
+# Few keys, where dot_product computes scores; relu runs the problems of softmax.
+FEW_KEYS = ((1, 50, 9, 37, 19, None), (2, 150, 60, 264, 72, None), (1, 77, 12, 264, 72, 0))
+# Batch, N, M, V: several chunks of a scan, and fewer keys than one.
+CONCAT = ((2, 150, 333, 40), (1, 33, 20, 19))
+GATE = ((2, 24, 3, 9, 7), (1, 70, 2, 5, 3))
 REGION = (2, 24, 3, 9, 7)
 TAPS = ((3, 7, 7), (3, 3, 3))
 FEW_TAPS = ((1, 3, 3),)
@@ -39,12 +45,23 @@ FORMS = (
     ("float16", "rows"),
     ("float32", "channels"),
 )
-PARTS = tuple(f"{op}-{dtype}-{layout}" for op in ("softmax", "region") for dtype, layout in FORMS)
+OPERATIONS = ("softmax", "relu", "dot_product", "concat", "region", "gate")
+PARTS = tuple(
+    f"{op}-{dtype}-{layout}"
+    for op in OPERATIONS
+    # The kernels of dot_product are those of relu with a line less.
+    for dtype, layout in (FORMS if op != "dot_product" else FORMS[2:])
+)
 
 
-def run_softmax(dtype: torch.dtype, layout: str, device: torch.device) -> Iterator[Tensor]:
+def run_attention(
+    dtype: torch.dtype, layout: str, device: torch.device, *, kind: str
+) -> Iterator[Tensor]:
     """Outputs and gradients of every problem."""
-    for number, (batch, n, m, d, v, workspace) in enumerate(SOFTMAX):
+    # The interpreter, too, is spared the keys: softmax has shown it all of them.
+    few = kind == "dot_product" or (kind == "relu" and device.type == "cpu")
+    problems = FEW_KEYS if few else SOFTMAX
+    for number, (batch, n, m, d, v, workspace) in enumerate(problems):
         generator = torch.Generator().manual_seed(number)
         leaves = []
         for rows, width in ((n, d), (m, d), (m, v)):
@@ -52,10 +69,44 @@ def run_softmax(dtype: torch.dtype, layout: str, device: torch.device) -> Iterat
             if layout == "channels":
                 tensor = tensor.mT.contiguous().mT
             leaves.append(tensor.to(device).requires_grad_())
-        out = nlkernels.nonlocal_attention(*leaves, backend="triton", workspace_mib=workspace)
-        grad = torch.randn(out.shape, generator=generator).to(dtype).to(device)
-        yield out.detach()
-        yield from torch.autograd.grad(out, leaves, grad)
+        options = {"kind": kind, "backend": "triton", "workspace_mib": workspace}
+        out = nlkernels.nonlocal_attention(*leaves, **options)
+        yield from _both(out, leaves, generator)
+
+
+def run_concat(dtype: torch.dtype, layout: str, device: torch.device) -> Iterator[Tensor]:
+    """Outputs and gradients of every problem."""
+    for number, (batch, n, m, v) in enumerate(CONCAT):
+        generator = torch.Generator().manual_seed(number)
+        leaves = []
+        for size in ((batch, n), (batch, m), (batch, m, v)):
+            tensor = torch.randn(size, generator=generator).to(dtype)
+            if layout == "channels":
+                tensor = tensor.mT.contiguous().mT
+            leaves.append(tensor.to(device).requires_grad_())
+        yield from _both(nlkernels.nonlocal_concat(*leaves, backend="triton"), leaves, generator)
+
+
+def _both(out: Tensor, leaves: list[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
+    grad = torch.randn(out.shape, generator=generator).to(out)
+    yield out.detach()
+    yield from torch.autograd.grad(out, leaves, grad)
+
+
+def run_gate(dtype: torch.dtype, layout: str, device: torch.device) -> Iterator[Tensor]:
+    """Outputs and gradients of every problem."""
+    form = torch.channels_last_3d if layout == "channels" else torch.contiguous_format
+    for number, size in enumerate(GATE):
+        generator = torch.Generator().manual_seed(number)
+        x = torch.randn(size, generator=generator).to(dtype).contiguous(memory_format=form)
+        weight = torch.randn(size[1], generator=generator).to(dtype)
+        leaves = [t.to(device).requires_grad_() for t in (x, weight)]
+        out = nlkernels.channel_gate(*leaves, transform=_identity, backend="triton")
+        yield from _both(out, leaves, generator)
+
+
+def _identity(context: Tensor) -> Tensor:
+    return context
 
 
 def run_region(dtype: torch.dtype, layout: str, device: torch.device) -> Iterator[Tensor]:
@@ -86,8 +137,10 @@ def run(parts: tuple[str, ...], device: torch.device) -> Recorder:
         ArithmeticError: A result is not finite.
     """
     runs: dict[str, Callable[..., Iterator[Tensor]]] = {
-        "softmax": run_softmax,
+        **{kind: partial(run_attention, kind=kind) for kind in ("softmax", "relu", "dot_product")},
+        "concat": run_concat,
         "region": run_region,
+        "gate": run_gate,
     }
     with recorded() as recorder:
         for part in parts:

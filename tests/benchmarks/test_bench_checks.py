@@ -8,14 +8,14 @@ from torch import Tensor
 
 from benchmarks import bench_ops
 from benchmarks.checks import FACTORS, Judge, draw_sample, eager, step, truth_of
-from benchmarks.providers import Provider
-from benchmarks.registry import KINDS, Case
+from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.registry import KINDS, Case, select_cases
 
 CPU = torch.device("cpu")
 
 
 def tiny(kind: str) -> Case:
-    return Case("tiny", kind, 3, 260, 130, 24 if kind == "gaussian" else 16, 16)
+    return Case("tiny", kind, 3, 260, 130, {"gaussian": 24, "concat": 1}.get(kind, 16), 16)
 
 
 def operands_of(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -29,8 +29,13 @@ def test_truth_is_that_of_float64_autograd(kind: str) -> None:
     sample = draw_sample(case, CPU, seed=3)
     truth = truth_of(case, operands, sample, "forward_backward")
     query, key, value = (t.clone().requires_grad_() for t in operands[:3])
-    scores = torch.einsum("bnd,bmd->bnm", query, key) * case.scale
-    weights = scores / case.m if kind == "dot_product" else scores.softmax(-1)
+    if kind == "concat":
+        scores = query + key.mT
+    else:
+        scores = torch.einsum("bnd,bmd->bnm", query, key) * case.scale
+    if kind in ("relu", "concat"):
+        scores = scores.relu()
+    weights = scores.softmax(-1) if kind in ("softmax", "gaussian") else scores / case.m
     out = torch.einsum("bnm,bmv->bnv", weights, value)
     grads = torch.autograd.grad(out, (query, key, value), operands[3])
     whole = dict(zip(FACTORS, (out.detach(), *grads), strict=True))
@@ -102,6 +107,39 @@ def test_wrong_provider_is_refused(wrong: Callable[..., Tensor]) -> None:
     assert [row["status"] for row in rows] == ["ok", "refused"]
     assert "wrong: " in rows[1]["reason"]
     assert "time_ms" not in rows[1]
+
+
+@pytest.mark.parametrize("kind", ["relu", "concat"])
+def test_wrong_side_of_the_kink_is_refused(kind: str) -> None:
+    """One key's gradient passes where its score is negative: nothing else is wrong."""
+    case = tiny(kind)
+
+    def leaky(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        out = eager(query, key, value, scale, kind=kind)
+        through = query.sum(-1, keepdim=True) * value[:, :1] / case.m
+        return out + (through - through.detach()) * 0.01
+
+    right = Provider("right", lambda kind: lambda *a: eager(*a, kind=kind), lambda *a: "")
+    other = Provider("wrong", lambda kind: leaky, lambda *a: "")
+    rows = bench_ops.measure(case, [right, other], "float32", "forward_backward", CPU, rounds=1)
+    assert [row["status"] for row in rows] == ["ok", "refused"]
+    assert "grad_query" in rows[1]["reason"]
+
+
+@pytest.mark.parametrize("kind", ["relu", "concat"])
+def test_every_provider_of_the_kind_is_right(kind: str) -> None:
+    providers = [PROVIDERS[name] for name in ("naive", "tiled", "chunked", "auto", "sdpa_flash")]
+    rows = bench_ops.measure(tiny(kind), providers, "float32", "forward_backward", CPU, rounds=1)
+    served = {row["provider"] for row in rows if row["status"] == "ok"}
+    assert served == {"naive", "chunked", "auto"} | ({"tiled"} if kind == "concat" else set())
+    assert {row["status"] for row in rows} == {"ok", "unserved"}
+    assert all(row["peak_mib"] > row["output_mib"] for row in rows if row["provider"] in served)
+
+
+def test_form_that_does_not_fit_is_not_run() -> None:
+    (case,) = select_cases(["acceptance"], ["concat"])
+    reason = PROVIDERS["tiled"].reason(case, torch.float32, CPU)
+    assert "materialises B*2V*N*M" in reason
 
 
 def test_provider_that_raises_is_reported() -> None:

@@ -11,6 +11,7 @@ from benchmarks import acceptance, readme_table, results
 SHAPE = {"B": 2, "N": 12544, "M": 3136, "D": 256, "V": 256}
 TIMES = {"naive": 300.0, "sdpa_flash": 600.0, "chunked": 150.0, "auto": 150.0}
 DOT_TIMES = {"naive": 300.0, "two_bmm": 16.0, "chunked": 16.0, "auto": 16.0}
+CONCAT_TIMES = {"naive": 300.0, "chunked": 15.0, "auto": 15.0}
 
 
 def row(kind: str, dtype: str, passes: str, provider: str, times: dict[str, float]) -> dict:
@@ -24,7 +25,7 @@ def row(kind: str, dtype: str, passes: str, provider: str, times: dict[str, floa
         "kind": kind,
         "dtype": dtype,
         "pass": passes,
-        "shape": SHAPE,
+        "shape": SHAPE | ({"D": 1} if kind == "concat" else {}),
         "provider": provider,
         "backend": "chunked" if provider == "auto" else None,
         "status": "ok",
@@ -46,7 +47,12 @@ def row(kind: str, dtype: str, passes: str, provider: str, times: dict[str, floa
 def report() -> dict:
     rows = [
         row(kind, dtype, passes, provider, times)
-        for kind, times in (("softmax", TIMES), ("dot_product", DOT_TIMES))
+        for kind, times in (
+            ("softmax", TIMES),
+            ("dot_product", DOT_TIMES),
+            ("relu", CONCAT_TIMES),
+            ("concat", CONCAT_TIMES),
+        )
         for dtype in ("float32", "bfloat16")
         for passes in ("forward", "forward_backward")
         for provider in times
@@ -86,7 +92,10 @@ def test_table_shows_the_measured_numbers(folder: Path) -> None:
     text = readme_table.table(folder)
     lines = text.splitlines()
     assert sum(line.startswith("| softmax ") for line in lines) == 4
-    assert sum(line.startswith("| dot_product ") for line in lines) == 4
+    for kind in ("dot_product", "concat"):
+        assert sum(line.startswith(f"| {kind} ") for line in lines) == 4
+    assert "| concat float32 forward | 20.00x |  | 1024 | none | 64 (chunked) |" in lines
+    assert "concat takes one score for each position" in text
     assert (
         "| softmax bfloat16 forward | 2.00x | 4.00x | 1024 | 64 (sdpa_flash) | 64 (chunked) |"
     ) in lines
@@ -210,5 +219,5 @@ def test_acceptance_exit_codes(
     report["rows"] = [r for r in report["rows"] if r["kind"] == "softmax"]
     path.write_text(json.dumps(report))
     assert acceptance.main([str(path)]) == 1
-    assert capsys.readouterr().out.count("not measured") == 2
+    assert capsys.readouterr().out.count("not measured") == 4
     assert acceptance.main([str(tmp_path / "absent.json")]) == 2

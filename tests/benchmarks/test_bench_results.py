@@ -157,18 +157,28 @@ def test_committed_result(path: Path) -> None:
     assert json.dumps(report).count("/tmp") == 0
 
 
-def _acceptance_machines() -> list[Path]:
+def _newest_of_each_kind() -> list[tuple[Path, str]]:
+    """Per machine and kind of which something is promised, the newest file that measured it."""
+    promised = {line.kind for line in acceptance.LINES}
     newest = {}
     for path in COMMITTED:
         report = results.load(path)
-        if report["environment"]["device"] == "cpu" and acceptance.problems(
-            report, acceptance.CASE
-        ):
-            newest[path.parent.name] = path
+        if report["environment"]["device"] == "cpu":
+            measured = {kind for kind, _, _ in acceptance.problems(report, acceptance.CASE)}
+            for kind in sorted(promised & measured):
+                newest[path.parent.name, kind] = path, kind
     return list(newest.values())
 
 
-@pytest.mark.parametrize("path", _acceptance_machines(), ids=lambda path: path.parent.name)
-def test_promised_lines_hold_in_the_newest_result(path: Path) -> None:
-    verdicts = acceptance.verdicts(results.load(path))
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    _newest_of_each_kind(),
+    ids=lambda value: value if isinstance(value, str) else value.parent.name,
+)
+def test_promised_lines_hold_in_the_newest_result(path: Path, kind: str) -> None:
+    verdicts = [v for v in acceptance.verdicts(results.load(path)) if v[0].kind == kind]
     assert [(line.text, value) for line, value, holds in verdicts if not holds] == []
+
+
+def test_every_promise_was_measured() -> None:
+    assert {line.kind for line in acceptance.LINES} == {kind for _, kind in _newest_of_each_kind()}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_bench, gpu_plan, gpu_summary, kernel_rows, peers, region
+from benchmarks import gate, gpu_bench, gpu_plan, gpu_summary, kernel_rows, peers, region
 from benchmarks.checks import WrongResult
 from benchmarks.gpu_plan import Job
 from benchmarks.graphs import NotCaptured, capture
@@ -28,8 +28,10 @@ def test_plan_asks_for_the_targets_first_and_for_every_registered_problem() -> N
     for case in CASES:
         for passes in ("forward", "forward_backward"):
             assert (case.name, case.kind, passes) in asked
-    widths = {job.case.d for job in jobs if job.kind == "kernels"}
-    assert widths == {256, 512, 1024}
+    alone = [job.case for job in jobs if job.kind == "kernels"]
+    assert {case.d for case in alone if isinstance(case, Case)} == {1, 256, 512, 1024}
+    kinds = {"softmax", "gaussian", "relu", "dot_product", "concat", "gate"}
+    assert {case.kind for case in alone} == kinds
     providers = {name for job in jobs if job.kind == "attention" for name in job.providers}
     assert providers == set(peers.GPU_PROVIDERS) - {"sdpa_math"}
 
@@ -237,6 +239,28 @@ def test_region_rows_and_its_judge(dtype: str, form: str) -> None:
             judge.check("wrong", wrong)
 
 
+@pytest.mark.parametrize("form", region.FORMATS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gate_rows_and_its_judge(dtype: str, form: str) -> None:
+    case = gate.GateCase("tiny", 2, 24, (3, 5, 4), form)
+    names = ("naive", "chunked", "auto")
+    rows = gate.measure_gate(
+        case, dtype, "forward_backward", CPU, rounds=1, ceilings=CEILINGS, names=names
+    )
+    assert [row["status"] for row in rows] == ["ok"] * 3, rows
+    assert rows[2]["backend"] == "chunked"
+    assert all(row["share_of_copy"] > 0 for row in rows)
+    operands = gate.make_operands(case, getattr(torch, dtype), CPU)
+    judge = gate.GateJudge(operands, "forward_backward")
+    right = region.region_step(gate.naive, operands, "forward_backward")()
+    judge.check("right", right)
+    for name in gate.NAMES:
+        wrong = {key: value.clone() for key, value in right.items()}
+        wrong[name][(0,) * wrong[name].dim()] += 0.5
+        with pytest.raises(WrongResult, match=name):
+            judge.check("wrong", wrong)
+
+
 def test_region_truth_is_that_of_float64_autograd() -> None:
     case = region.RegionCase("tiny", 2, 3, (4, 5, 6), (3, 1, 5), "contiguous")
     operands = region.make_operands(case, torch.float64, CPU)
@@ -263,6 +287,36 @@ def test_each_kernel_alone(widths: tuple[int, int]) -> None:
     for passes in ("forward", "backward"):
         assert kernels[passes, "whole pass"]["launches"] == 0
         assert kernels[passes, "whole pass"]["tflops"] > 0
+
+
+@pytest.mark.parametrize(
+    ("case", "forward", "backward"),
+    [
+        (Case("tiny", "relu", 1, 40, 24, 40, 24), {"_fused_kernel"}, {"_weights_kernel"}),
+        (Case("tiny", "dot_product", 1, 40, 6, 40, 24), {"_fused_kernel"}, {"_weights_kernel"}),
+        (
+            Case("tiny", "concat", 1, 40, 24, 1, 24),
+            {"_sums_kernel", "_carry_kernel", "_scan_kernel", "_gather_kernel"},
+            {"_sums_kernel", "_carry_kernel", "_scan_kernel", "_gather_kernel"},
+        ),
+        (
+            gate.GateCase("tiny", 1, 24, (2, 3, 5), "contiguous"),
+            {"_gate_read", "_gate_combine"},
+            {"_gate_read", "_gate_combine", "_gate_write"},
+        ),
+    ],
+    ids=["relu", "dot_product", "concat", "gate"],
+)
+def test_each_kernel_of_the_other_operations(case, forward: set, backward: set) -> None:
+    pytest.importorskip("triton")
+    rows = kernel_rows.kernel_rows(
+        case, "float32", CPU, rounds=1, gemm=1.0, begin=lambda name: None
+    )
+    for passes, kernels in (("forward", forward), ("backward", backward)):
+        found = {row["kernel"] for row in rows if row["pass"] == passes}
+        assert kernels | {"whole pass"} <= found
+    named = {row["kernel"] for row in rows}
+    assert ("library products in the linear order" in named) == (case.kind == "dot_product")
 
 
 def test_every_candidate_of_every_kernel() -> None:
