@@ -205,7 +205,7 @@ sys.modules["triton"] = None  # importing it fails, finding it finds nothing
 import torch
 import nlkernels
 query, key, value = (torch.randn(2, n, 8) for n in (9, 5, 5))
-for kind in ("softmax", "gaussian", "dot_product"):
+for kind in ("softmax", "gaussian", "dot_product", "relu"):
     nlkernels.nonlocal_attention(query, key, value, kind=kind)
 print(nlkernels.explain("nonlocal_attention", query, key, value))
 """

@@ -190,6 +190,18 @@ def test_package_hash_follows_the_sources(tmp_path, monkeypatch):
     assert len(seen) == 2
 
 
+def test_hash_of_an_operation_follows_what_the_operations_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(_paths, "PACKAGE", tmp_path)
+    seen = set()
+    for folder in ("one", "two"):
+        (tmp_path / "ops" / folder).mkdir(parents=True)
+    for changed in ("ops/one/a.py", "ops/shared.py", "ops/two/a.py"):
+        (tmp_path / changed).write_text("a = 1")
+        _cache.forget()
+        seen.add(_cache.package_hash("ops/one"))
+    assert len(seen) == 2
+
+
 def test_an_unwritable_folder_is_replaced_with_one_warning(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("NLKERNELS_CACHE_DIR", str(tmp_path / "file" / "cache"))

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import nlkernels.ops
 from nlkernels import _launch, _tune
 from nlkernels._launch import Config
+from tests.gates import concat_problems, gate_problems
 from tests.gates.compiling import Launch, specialisation
 
 ARCHITECTURES = (80, 89, 90, 120)
@@ -178,10 +179,36 @@ _REGIONS = [
     Region(SINGLE, (3, 7, 7), channels_last=True),
     Region(SINGLE, (3, 3, 3)),
 ]
+
+
+def _both_passes(module: ModuleType, case: Attention) -> object:
+    tensors = case.operands()
+    query, key, value, grad = (tensors[name] for name in ("query", "key", "value", "grad"))
+    module.forward(query, key, value, case.scale)
+    return module.backward(grad, query, key, value, case.scale)
+
+
+# Both kinds share their kernels, of which one leaves out a step.
+_QUADRATIC = [
+    *(Attention(BRAIN, channels) for channels in ((64, 64), (256, 256), (512, 512))),
+    Attention(SINGLE, (512, 512), SIZES[1]),
+]
+_QUADRATIC_CORNERS = [
+    Attention(HALF, (512, 512), UNALIGNED, channel_first=True),
+    Attention(HALF, (256, 256), SIZES[1], channel_first=True, wide=True),
+]
 FAMILIES = (
     Family("softmax.triton_fused", _forward, _attention_problem, _WIDTHS + _CORNERS, _WIDTHS),
     Family("softmax.triton_staged", _forward, _attention_problem, _WIDTHS + _CORNERS, _WIDTHS),
     Family("softmax.triton_backward", _backward, _attention_problem, _WIDTHS + _CORNERS, _WIDTHS),
+    Family(
+        "relu.triton",
+        _both_passes,
+        _attention_problem,
+        _QUADRATIC + _QUADRATIC_CORNERS,
+        _QUADRATIC,
+    ),
+    Family("dot_product.triton", _both_passes, _attention_problem, _QUADRATIC[1:2], []),
     Family(
         "region.triton",
         _region,
@@ -194,6 +221,14 @@ FAMILIES = (
         ],
         _REGIONS,
     ),
+    Family(
+        "concat.triton",
+        concat_problems.run,
+        concat_problems.described,
+        concat_problems.FIRST,
+        concat_problems.FIRST,
+    ),
+    Family("gate.triton", gate_problems.run, gate_problems.described, gate_problems.FIRST, []),
 )
 
 
