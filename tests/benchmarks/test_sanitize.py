@@ -74,6 +74,7 @@ def launched(source: str) -> set[str]:
     }
 
 
+@pytest.mark.gate
 def test_every_kernel_is_launched() -> None:
     pytest.importorskip("triton")
     # float16 alone has units.
