@@ -41,8 +41,13 @@ def assert_same_block(
     *,
     training: bool = True,
     backward: bool = True,
+    single: bool = True,
 ) -> None:
-    """Outputs, gradients, running statistics and state dicts agree in float64 and float32."""
+    """Outputs, gradients, running statistics and state dicts agree in float64, `single` in float32.
+
+    Normalisation of a single map by its own, small deviation multiplies float32's rounding by
+    thousands: agreement of such blocks is a matter of luck, theirs with itself included.
+    """
     theirs = copy.deepcopy(theirs).train(training)
     ours = cls.from_foreign(theirs.state_dict(), preset, **options).train(training)
     assert_same_state(ours.to_foreign(preset, **options), theirs.state_dict())
@@ -72,7 +77,7 @@ def assert_same_block(
     scales = {key: tensor.abs().max().item() or 1.0 for key, tensor in truth.items()}
     gradients = [key for key in truth if key.startswith("grad:")]
     scales |= dict.fromkeys(gradients, max((scales[key] for key in gradients), default=1.0))
-    for dtype in OUTPUT:
+    for dtype in OUTPUT if single else [torch.float64]:
         same_dtype = own_errors(dtype)
         found = results(ours, dtype, lambda module: module.to_foreign(preset, **options))
         assert found.keys() == truth.keys()

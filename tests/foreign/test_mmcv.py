@@ -74,7 +74,10 @@ def test_block(dims, mode, sub_sample, norm):
         )
         preset = "mmaction_slowonly" if use_scale else "mmaction_i3d"
         check = functools.partial(
-            assert_same_block, training=training, backward=mode != "concatenation"
+            assert_same_block,
+            training=training,
+            backward=mode != "concatenation",
+            single=norm != "IN",
         )
         check(made, ours, preset, options, shape)
         check(randomise(made), ours, preset, options, shape)

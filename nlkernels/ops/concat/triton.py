@@ -27,6 +27,9 @@ and what torch's sort takes for itself. Any strides are read as they are.
 
 A NaN in query_score makes its row NaN, one in key_score its batch item, as relu(NaN) v would be.
 
+In float32 a product of the scores' gradients is rounded before it is added, unless the compiler
+fuses both: with a single key d_query_score was 3.4 times as wrong as PyTorch's in the interpreter.
+
 Unverified: no GPU has run these kernels.
 """
 
