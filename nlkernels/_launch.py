@@ -107,6 +107,14 @@ def unavailable(device_type: str, index: int | None = None) -> list[str]:
     return [f"its kernels run on GPUs, not on {device_type}"]
 
 
+def unserved(problem: Any) -> list[str]:
+    """Why no kernel can run a problem: its device or its dtype; empty when one can."""
+    reasons = list(unavailable(problem.device, problem.index))
+    if problem.dtype == torch.float64:
+        reasons.append("its kernels take float16, bfloat16 and float32, not float64")
+    return reasons
+
+
 def architecture(device: torch.device) -> int:
     """Compute capability of a device as one number: 90 for sm_90."""
     if _pretence.architecture is not None:

@@ -26,10 +26,7 @@ def supports(backend: str, problem: Problem) -> list[str]:
         return [f"{NAME} has no backend {backend!r}"]
     if backend != "triton":
         return []
-    reasons = list(_launch.unavailable(problem.device, problem.index))
-    if problem.dtype == torch.float64:
-        reasons.append("its kernels take float16, bfloat16 and float32, not float64")
-    return reasons
+    return _launch.unserved(problem)
 
 
 def head(problem: Problem) -> tuple[int, ...]:

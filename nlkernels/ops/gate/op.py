@@ -29,9 +29,7 @@ def supports(backend: str, problem: GateProblem) -> list[str]:
         return [f"{NAME} has no backend {backend!r}"]
     if backend != "triton":
         return []
-    reasons = list(_launch.unavailable(problem.device, problem.index))
-    if problem.dtype == torch.float64:
-        reasons.append("its kernels take float16, bfloat16 and float32, not float64")
+    reasons = _launch.unserved(problem)
     if problem.channels > WIDEST:
         reasons.append(f"its kernels serve at most {WIDEST} channels, not {problem.channels}")
     return reasons

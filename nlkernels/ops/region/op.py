@@ -28,9 +28,7 @@ def supports(backend: str, problem: RegionProblem) -> list[str]:
         return [f"{NAME} has no backend {backend!r}"]
     if backend != "triton":
         return []
-    reasons = list(_launch.unavailable(problem.device, problem.index))
-    if problem.dtype == torch.float64:
-        reasons.append("its kernels take float16, bfloat16 and float32, not float64")
+    reasons = _launch.unserved(problem)
     if problem.kernel[1] > TALLEST:
         reasons.append(f"its kernels serve a kh of at most {TALLEST}, not {problem.kernel[1]}")
     return reasons

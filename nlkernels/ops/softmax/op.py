@@ -36,10 +36,7 @@ def supports(backend: str, problem: Problem) -> list[str]:
 
 
 def _unsupported_by_triton(problem: Problem) -> list[str]:
-    reasons = _launch.unavailable(problem.device, problem.index)
-    if problem.dtype == torch.float64:
-        reasons.append("its kernels take float16, bfloat16 and float32, not float64")
-    return reasons
+    return _launch.unserved(problem)
 
 
 def attention(
