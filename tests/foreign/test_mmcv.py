@@ -77,7 +77,8 @@ def test_block(dims, mode, sub_sample, norm):
             assert_same_block,
             training=training,
             backward=mode != "concatenation",
-            single=norm != "IN",
+            single=norm != "IN" or reduction == 2,
+            medians=norm == "IN",
         )
         check(made, ours, preset, options, shape)
         check(randomise(made), ours, preset, options, shape)

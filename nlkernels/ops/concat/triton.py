@@ -17,7 +17,8 @@ torch sorts (stable) and counts; then four kernels in a row:
           of ones would spread infinities) upon what the chunks before it carry
   gather  what a row takes of its G and T, or the dot product with its G
 Launches: forward 4, backward 8, beside those of torch's sorts, counts and conversions. Sums are
-float32, each number is summed by one program in a fixed order: results are bitwise repeatable.
+float32 (dot products with float32 values: float64, in which a product is exact; GEMMs do not round
+it either), each number is summed by one program in a fixed order: results are bitwise repeatable.
 
 Memory beyond inputs and outputs, in bytes, for chunks of 64 rows:
   forward   : 8 B M V for G and T, 16 B ceil(M / 64) V for chunks, 20 B M + 8 B N for scores;
@@ -26,9 +27,6 @@ Memory beyond inputs and outputs, in bytes, for chunks of 64 rows:
 and what torch's sort takes for itself. Any strides are read as they are.
 
 A NaN in query_score makes its row NaN, one in key_score its batch item, as relu(NaN) v would be.
-
-In float32 a product of the scores' gradients is rounded before it is added, unless the compiler
-fuses both: with a single key d_query_score was 3.4 times as wrong as PyTorch's in the interpreter.
 
 Unverified: no GPU has run these kernels.
 """
@@ -209,7 +207,9 @@ def _gather_kernel(
         weight = tl.where(weight <= 0.0, 0.0, weight)
         top = tl.load(levels + item * ranks)
         weight = tl.where(top == top, weight, float("nan"))
-    products = tl.zeros([ROWS], tl.float32)
+    # A product of a 16-bit number is exact enough in float32.
+    exact: tl.constexpr = tl.float64 if other.dtype.element_ty == tl.float32 else tl.float32
+    products = tl.zeros([ROWS], exact)
     first = part * COLUMNS
     end = channels if DOTS else tl.minimum(first + COLUMNS, channels)
     for start in range(first, end, COLUMNS):
@@ -225,6 +225,6 @@ def _gather_kernel(
         if DOTS:
             at = offsets(own, column, other_row, other_channel, WIDE)
             numbers = tl.load(other + at, mask=inside, other=0.0)
-            products += tl.sum(total * numbers.to(tl.float32), 1)
+            products += tl.sum(total.to(exact) * numbers.to(exact), 1)
     if DOTS:
         tl.store(dots + row, (products * factor).to(dots.dtype.element_ty), mask=present)
