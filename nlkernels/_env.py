@@ -23,11 +23,23 @@ VARIABLES: dict[str, Variable] = {
     ),
     "NLKERNELS_CACHE_DIR": Variable(
         default="~/.cache/nlkernels",
-        doc="folder of what was verified and measured here; in $XDG_CACHE_HOME where that is set",
+        doc="what was compiled, verified, measured here; in $XDG_CACHE_HOME where that is set",
     ),
     "NLKERNELS_AUTOTUNE": Variable(
         default="cache",
         doc="off: shipped choices; cache: also what warmup measured; full: measure at first use",
+    ),
+    "NLKERNELS_CPU_ISA": Variable(
+        default="",
+        doc="instruction set of the C++ kernels: portable, avx2, ...; empty: the best of this CPU",
+    ),
+    "NLKERNELS_JIT": Variable(
+        default="1",
+        doc="1: native code that is not installed is compiled at its first use; 0: never",
+    ),
+    "NLKERNELS_BUILD": Variable(
+        default="0",
+        doc="1: pip install compiles native code for all instruction sets (setup.py reads it)",
     ),
 }
 
@@ -46,3 +58,8 @@ def read(name: str) -> str:
 def cache_home() -> str:
     """Returns the folder for caches of all programs, as the XDG specification finds it."""
     return os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+
+
+def compiler() -> str:
+    """Returns the C++ compiler that the user named for all builds, "" without one."""
+    return os.environ.get("CXX", "")

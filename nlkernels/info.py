@@ -1,8 +1,8 @@
 """`nlk info` or `python -m nlkernels.info`: everything a bug report needs, as plain text.
 
 Versions, devices, which backend serves a typical layer and why the others do not, which kernels
-were verified here, environment variables and paths. A part that cannot be found out says so instead
-of raising.
+were verified here, the compiled module, environment variables and paths. A part that cannot be
+found out says so instead of raising.
 """
 
 import os
@@ -16,7 +16,7 @@ import torch
 
 import nlkernels
 
-from . import _cache, _device, _env, _launch, _paths, _trust
+from . import _build, _cache, _device, _env, _ext, _launch, _paths, _store, _trust
 from ._spec import KINDS
 
 Rows = list[tuple[str, str]]
@@ -52,6 +52,7 @@ def report() -> str:
         ("devices", _devices),
         ("backends", _backends),
         ("kernels", _kernels),
+        ("native code", _native),
         ("environment variables", _environment),
         ("paths", _locations),
     )
@@ -189,6 +190,32 @@ def _kernels() -> Rows:
     return rows
 
 
+def _native() -> Rows:
+    missing, module = _ext.missing(), _ext.CPU.loaded()
+    if module is None:
+        where = f"missing: {missing}" if missing else "not compiled yet: its first use does that"
+        used = "none yet"
+    else:
+        prebuilt = str(Path(module.__file__).parent) in nlkernels.__path__
+        where = f"{'installed' if prebuilt else 'compiled here'}: {module.__file__}"
+        level = _ext.isa()
+        used = next(name for name, each in module.isas.items() if each == level)
+    try:
+        compiler = _build.Compiler.find(_env.compiler())
+        found = f"{compiler.version}, {' '.join(compiler.command)}"
+    except _build.BuildError as error:
+        found = f"missing: {error}"
+    runtime = _ext.openmp_runtime() or "none of GCC's in torch: std::thread"
+    host = _build.host_isa(_build.Sources.read(_paths.csrc_dir()).isas())
+    return [
+        ("module", where),
+        ("instruction set", f"{used} (this machine: {host})"),
+        ("threads", runtime if module is None else f"{module.threads}, {runtime}"),
+        ("compiler", found),
+        ("compiled into", str(_store.homes()[-1])),
+    ]
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -196,7 +223,7 @@ def _short(dtype: torch.dtype) -> str:
 def _environment() -> Rows:
     rows = []
     for name, variable in _env.VARIABLES.items():
-        value = _env.read(name)
+        value = _env.read(name) or "empty"
         origin = "set" if os.environ.get(name) else "default"
         rows.append((name, f"{value} ({origin}): {variable.doc}"))
     return rows

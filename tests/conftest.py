@@ -1,12 +1,16 @@
 """Fixtures of all tests: devices, seeds and poisoned memory."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from nlkernels import _launch
 from tests import interpreter
+
+# Native code, compiled once for all runs of the tests in this checkout; `make clean` removes it.
+COMPILED = Path(__file__).resolve().parents[1] / "build" / "ext"
 
 # Before any kernel is defined: without a GPU, Triton's kernels run in its interpreter.
 if not torch.cuda.is_available():
@@ -35,10 +39,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
-    """Tests neither read nor write what was measured and verified on this machine."""
+    """Tests neither read nor write what was measured and verified on this machine.
+
+    The folder's `ext` leads to what was compiled before.
+    """
+    cache = tmp_path_factory.mktemp("cache")
+    if _can_be_made(COMPILED):
+        (cache / "ext").symlink_to(COMPILED, target_is_directory=True)
     with pytest.MonkeyPatch.context() as context:
-        context.setenv("NLKERNELS_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        context.setenv("NLKERNELS_CACHE_DIR", str(cache))
         yield
+
+
+def _can_be_made(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 @pytest.fixture(autouse=True)

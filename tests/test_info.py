@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import nlkernels
-from nlkernels import _cache, _env, _launch, _paths, info
+from nlkernels import _build, _cache, _env, _ext, _launch, _paths, info
 from nlkernels._spec import KINDS
 from nlkernels.functional import _EXPLAINERS
 
@@ -95,6 +95,23 @@ def test_kernels_and_what_is_known_of_them(monkeypatch, tmp_path):
         assert str(tmp_path / "cache") in _section(info.report(), "paths")
     finally:
         _cache.forget()
+
+
+def test_native_code(monkeypatch, tmp_path):
+    """Nothing of it is compiled by asking."""
+    monkeypatch.setenv("NLKERNELS_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(_ext, "CPU", _ext.Extension("_C", _paths.csrc_dir))
+    with monkeypatch.context() as context:
+        context.setenv("NLKERNELS_JIT", "0")
+        text = _section(info.report(), "native code")
+        assert "missing: nlkernels: expected native code" in text or "installed: " in text
+        context.setenv("CXX", "/no/such/compiler")
+        text = _section(info.report(), "native code")
+        assert "compiler         missing: expected a C++ compiler, got CXX=" in text
+    text = _section(info.report(), "native code")
+    assert str(tmp_path / "cache") in text
+    assert not (tmp_path / "cache").exists()
+    assert _build.host_isa(_build.Sources.read(_paths.csrc_dir()).isas()) in text
 
 
 def test_impossible_setting_is_reported_and_nothing_else_is_lost(monkeypatch):

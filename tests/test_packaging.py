@@ -63,6 +63,10 @@ print(json.dumps({
 """
 
 
+# A machine under load compiles for minutes.
+LIMIT_S = 900
+
+
 @dataclass(frozen=True)
 class Environment:
     """A virtual environment with the dependencies of the running one, without its project."""
@@ -73,12 +77,12 @@ class Environment:
     def site_packages(self) -> Path:
         return next(self.folder.glob("lib*/python*/site-packages"))
 
-    def run(self, *command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
         variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         return subprocess.run(
             [str(self.folder / "bin" / command[0]), *command[1:]],
             cwd=cwd,
-            env=variables,
+            env={**variables, **more},
             capture_output=True,
             text=True,
             timeout=120,
@@ -100,21 +104,36 @@ def _make_environment(folder: Path) -> Environment:
     return environment
 
 
-def _pip_install(environment: Environment, *arguments: str) -> None:
+def _pip_install(environment: Environment, *arguments: str, **variables: str) -> None:
     command = [sys.executable, "-m", "pip", "--python", str(environment.folder / "bin" / "python")]
     command += ["install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, *arguments],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def _build(kind: str, source: Path, out: Path) -> Path:
-    """Calls the build hook itself: same result as `python -m build`, without an environment."""
-    code = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(out)!r}))"
+def _hook(call: str, source: Path, **variables: str) -> str:
+    """What a build hook returns, as `python -m build` calls it, without an environment."""
+    code = f"from setuptools import build_meta; print(build_meta.{call})"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=source,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stderr
-    return out / done.stdout.splitlines()[-1]
+    return done.stdout.splitlines()[-1]
+
+
+def _build(kind: str, source: Path, out: Path, **variables: str) -> Path:
+    return out / _hook(f"build_{kind}({str(out)!r})", source, **variables)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +141,7 @@ def source(tmp_path_factory) -> Path:
     """A copy of the checkout, so that building leaves nothing behind in it."""
     copy = tmp_path_factory.mktemp("source") / "nlkernels"
     ignore = shutil.ignore_patterns(
-        ".*", "__pycache__", "*.egg-info", "runs", "build", "dist", "results"
+        ".*", "__pycache__", "*.egg-info", "*.so", "runs", "build", "dist", "results"
     )
     shutil.copytree(ROOT, copy, ignore=ignore)
     return copy
@@ -160,7 +179,7 @@ def _files_of_checkout() -> set[str]:
     found = set()
     for folder, target in MAPPED.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and path.suffix not in {".pyc", ".md"}:
+            if path.is_file() and path.suffix not in {".pyc", ".md", ".so"}:
                 found.add(f"{target}/{path.relative_to(ROOT / folder).as_posix()}")
     return found
 

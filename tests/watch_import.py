@@ -76,6 +76,7 @@ def main() -> None:
     for name in nlkernels.__all__:
         getattr(nlkernels, name)
     public_s = time.process_time() - started
+    import nlkernels._ext
     import nlkernels.models
     import nlkernels.training
 

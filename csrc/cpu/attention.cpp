@@ -1,0 +1,61 @@
+#include "nlk/attention.h"
+
+#include "cpu/attention_backward.h"
+#include "cpu/attention_forward.h"
+#include "cpu/linear.h"
+
+namespace nlk {
+namespace NLK_ISA {
+namespace {
+
+// Calls `with` with a number of the type that a dtype stands for.
+template <typename With>
+auto with_dtype(Dtype dtype, With with) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return with(double{});
+    case Dtype::kBfloat16:
+      return with(Bfloat16{});
+    case Dtype::kFloat16:
+      return with(Float16{});
+    default:
+      return with(float{});
+  }
+}
+
+}  // namespace
+
+std::int64_t attention_forward_workspace(const AttentionProblem& problem) {
+  return with_dtype(problem.dtype, [&](auto number) {
+    typedef decltype(number) T;
+    if (problem.affinity == Affinity::kLinear) return Linear<T>(problem).lay_out(nullptr, false);
+    return Forward<T>(problem).lay_out(nullptr);
+  });
+}
+
+std::int64_t attention_backward_workspace(const AttentionProblem& problem) {
+  return with_dtype(problem.dtype, [&](auto number) {
+    typedef decltype(number) T;
+    if (problem.affinity == Affinity::kLinear) return Linear<T>(problem).lay_out(nullptr, true);
+    return Backward<T>(problem).lay_out(nullptr);
+  });
+}
+
+bool attention_forward(const AttentionForward& call) {
+  return with_dtype(call.problem.dtype, [&](auto number) {
+    typedef decltype(number) T;
+    if (call.problem.affinity == Affinity::kLinear) return Linear<T>(call.problem).run(call);
+    return Forward<T>(call.problem).run(call);
+  });
+}
+
+bool attention_backward(const AttentionBackward& call) {
+  return with_dtype(call.problem.dtype, [&](auto number) {
+    typedef decltype(number) T;
+    if (call.problem.affinity == Affinity::kLinear) return Linear<T>(call.problem).run(call);
+    return Backward<T>(call.problem).run(call);
+  });
+}
+
+}  // namespace NLK_ISA
+}  // namespace nlk

@@ -1,0 +1,158 @@
+// Operands of any strides into the layouts of product.h, and results back.
+#ifndef NLK_CPU_PACK_H_
+#define NLK_CPU_PACK_H_
+
+#include "cpu/product.h"
+
+namespace nlk {
+namespace NLK_ISA {
+namespace {
+
+template <typename E, typename T>
+NLK_INLINE E converted(T number) {
+  return narrow<E>(widen(number));
+}
+template <>
+NLK_INLINE Bfloat16 converted<Bfloat16, Bfloat16>(Bfloat16 number) {
+  return number;
+}
+
+// Numbers as bfloat16, in bits.
+template <typename T>
+NLK_INLINE HalfBits convert_bits(const T* from) {
+  return narrow_bits(load(from));
+}
+template <>
+NLK_INLINE HalfBits convert_bits<Bfloat16>(const Bfloat16* from) {
+  return load_bits<HalfBits>(from);
+}
+
+// Pairs of a number of `first` and the one of `second`.
+NLK_INLINE void store_pairs(Bfloat16* to, HalfBits first, HalfBits second) {
+  const UintVector pairs = __builtin_convertvector(first, UintVector) |
+                           (__builtin_convertvector(second, UintVector) << 16);
+  std::memcpy(to, &pairs, sizeof(pairs));
+}
+
+// A (rows, columns) part of an operand of element type T.
+template <typename T>
+struct Part {
+  const T* data;
+  std::int64_t row, column;  // strides
+  NLK_INLINE T at(std::int64_t r, std::int64_t c) const { return data[r * row + c * column]; }
+};
+
+// Rows as factors A: (rows, columns) at `to`, row after row, zeros up to padded rows and columns.
+template <typename E, typename T>
+void pack_rows(Part<T> from, std::int64_t rows, std::int64_t columns, E* to, std::int64_t to_row,
+               std::int64_t padded_rows, std::int64_t padded_columns) {
+  constexpr std::int64_t kBlock = 16;  // rows that are written side by side where columns are strided
+  for (std::int64_t first = 0; first < rows; first += kBlock) {
+    const std::int64_t last = smaller_of(rows, first + kBlock);
+    if (from.column == 1) {
+      for (std::int64_t r = first; r < last; ++r) {
+        for (std::int64_t c = 0; c < columns; ++c) {
+          to[r * to_row + c] = converted<E>(from.data[r * from.row + c]);
+        }
+      }
+    } else {
+      for (std::int64_t c = 0; c < columns; ++c) {
+        for (std::int64_t r = first; r < last; ++r) {
+          to[r * to_row + c] = converted<E>(from.at(r, c));
+        }
+      }
+    }
+  }
+  for (std::int64_t r = 0; r < padded_rows; ++r) {
+    for (std::int64_t c = r < rows ? columns : 0; c < padded_columns; ++c) to[r * to_row + c] = E{};
+  }
+}
+
+// Rows as factors A: where they lie, or packed at `to`, (padded rows, padded columns).
+template <typename E, typename T>
+RowFactors row_factors(Part<T> from, std::int64_t rows, std::int64_t columns, E* to) {
+  if constexpr (sizeof(E) == sizeof(T)) {
+    if (from.column == 1 && rows % kRowStep == 0 && columns % kGroup<E> == 0) {
+      return in_rows(reinterpret_cast<const E*>(from.data), from.row);
+    }
+  }
+  const std::int64_t stride = rounded_up(columns, kGroup<E>);
+  pack_rows<E, T>(from, rows, columns, to, stride, rounded_up(rows, kRowStep), stride);
+  return in_rows(to, stride);
+}
+
+// Width of the panel that holds so many columns, at most kPanel.
+template <typename E>
+NLK_INLINE std::int64_t panel_width(std::int64_t columns) {
+  return columns > kPanel<E> / 2 ? kPanel<E> : kPanel<E> / 2;
+}
+
+// Rows of `from` as depth of a panel of `width` columns: for every group of rows, the group's
+// numbers of each column. Zeros behind the columns, and in a last group behind the depth.
+template <typename E, typename T>
+void pack_panel(Part<T> from, std::int64_t depth, std::int64_t columns, std::int64_t width, E* to) {
+  constexpr int group = kGroup<E>;
+  constexpr int lanes = kLanes<Computed<E>>;
+  for (std::int64_t k = 0; k < depth; k += group) {
+    const std::int64_t present = smaller_of(group, depth - k);
+    E* row = to + k * width;
+    if (from.column == 1 && columns == width && present == group) {
+      for (std::int64_t v = 0; v < width; v += lanes) {
+        const T* at = from.data + k * from.row + v;
+        if constexpr (group == 2) {
+          store_pairs(row + v * 2, convert_bits<T>(at), convert_bits<T>(at + from.row));
+        } else {
+          store(row + v, load(at));
+        }
+      }
+      continue;
+    }
+    if (from.row == 1 && present == group && sizeof(T) == sizeof(E)) {
+      for (std::int64_t c = 0; c < columns; ++c) {
+        std::memcpy(row + c * group, from.data + c * from.column + k, group * sizeof(E));
+      }
+      if (columns < width) std::memset(row + columns * group, 0, (width - columns) * group * sizeof(E));
+      continue;
+    }
+    for (std::int64_t c = 0; c < width; ++c) {
+      for (int g = 0; g < group; ++g) {
+        const bool inside = c < columns && g < present;
+        row[c * group + g] = inside ? converted<E>(from.at(k + g, c)) : E{};
+      }
+    }
+  }
+}
+
+// factor * source (rows, columns) to `to`; strides of both are free.
+template <typename T>
+void write(const Computed<T>* source, std::int64_t source_row, std::int64_t source_column, T* to,
+           std::int64_t to_row, std::int64_t to_column, std::int64_t rows, std::int64_t columns,
+           Computed<T> factor) {
+  constexpr std::int64_t kBlock = 16;
+  constexpr int lanes = kLanes<Computed<T>>;
+  for (std::int64_t first = 0; first < rows; first += kBlock) {
+    const std::int64_t last = smaller_of(rows, first + kBlock);
+    if (source_column == 1 && to_column == 1) {
+      for (std::int64_t r = first; r < last; ++r) {
+        for (std::int64_t c = 0; c < columns; c += lanes) {
+          const int count = static_cast<int>(smaller_of(lanes, columns - c));
+          const auto numbers = load_some(source + r * source_row + c, count);
+          store_some(to + r * to_row + c, numbers * splat<Computed<T>>(factor), count);
+        }
+      }
+    } else {
+      for (std::int64_t c = 0; c < columns; ++c) {
+        for (std::int64_t r = first; r < last; ++r) {
+          const Computed<T> number = source[r * source_row + c * source_column];
+          to[r * to_row + c * to_column] = narrow<T>(number * factor);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace NLK_ISA
+}  // namespace nlk
+
+#endif  // NLK_CPU_PACK_H_

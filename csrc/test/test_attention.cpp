@@ -1,0 +1,243 @@
+// Attention in every instruction set of the build that this machine runs, against double loops:
+// random sizes, strides, dtypes and threads. Every buffer ends where its last number does, so that
+// AddressSanitizer sees each read and write beyond; the workspace, too.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "nlk/attention.h"
+
+namespace {
+
+using nlk::Affinity;
+using nlk::Dtype;
+
+constexpr int kRounds = 120;
+int failures = 0;
+
+std::size_t bytes_of(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
+// 16-bit numbers here are multiples of 1/8 below 4: exact in both formats, at little effort.
+double read(Dtype dtype, const char* at) {
+  if (dtype == Dtype::kFloat64) {
+    double number;
+    std::memcpy(&number, at, sizeof(number));
+    return number;
+  }
+  float number;
+  if (dtype == Dtype::kFloat32) {
+    std::memcpy(&number, at, sizeof(number));
+    return number;
+  }
+  std::uint16_t bits;
+  std::memcpy(&bits, at, sizeof(bits));
+  if (dtype == Dtype::kBfloat16) {
+    const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
+    std::memcpy(&number, &wide, sizeof(number));
+    return number;
+  }
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  const double magnitude = exponent == 0    ? std::ldexp(mantissa, -24)
+                           : exponent == 31 ? HUGE_VAL
+                                            : std::ldexp(1024 + mantissa, exponent - 25);
+  return bits >> 15 ? -magnitude : magnitude;
+}
+
+void write(Dtype dtype, char* at, double value) {
+  const float number = static_cast<float>(value);
+  std::uint32_t bits;
+  std::memcpy(&bits, &number, sizeof(bits));
+  std::uint16_t half = static_cast<std::uint16_t>(bits >> 16);
+  if (dtype == Dtype::kFloat16) {
+    const std::uint32_t magnitude = bits & 0x7fffffffu;
+    half = static_cast<std::uint16_t>(magnitude == 0 ? 0 : (magnitude - 0x38000000u) >> 13);
+    half = static_cast<std::uint16_t>(half | (bits >> 16 & 0x8000u));
+  }
+  if (dtype == Dtype::kFloat64) std::memcpy(at, &value, sizeof(value));
+  if (dtype == Dtype::kFloat32) std::memcpy(at, &number, sizeof(number));
+  if (bytes_of(dtype) == 2) std::memcpy(at, &half, sizeof(half));
+}
+
+// A (batch, rows, channels) operand at its own strides, in a buffer that just holds it.
+class Tensor {
+ public:
+  Tensor(Dtype dtype, std::int64_t batch, std::int64_t rows, std::int64_t channels, int layout)
+      : dtype_(dtype), batch_(batch), rows_(rows), channels_(channels) {
+    operand.channel = layout == 1 ? rows : layout == 2 ? 2 : 1;
+    operand.row = layout == 1 ? 1 : layout == 2 ? 2 * channels + 1 : channels;
+    operand.item = layout == 2 ? rows * operand.row + 3 : rows * channels;
+    const std::int64_t last = (batch - 1) * operand.item + (rows - 1) * operand.row +
+                              (channels - 1) * operand.channel;
+    const std::size_t bytes = static_cast<std::size_t>(last + 1) * bytes_of(dtype);
+    memory_.reset(new char[bytes]);
+    std::memset(memory_.get(), 0xff, bytes);  // NaN, between the numbers and before results
+    operand.data = memory_.get();
+  }
+  double at(std::int64_t b, std::int64_t r, std::int64_t c) const {
+    return read(dtype_, memory_.get() + offset(b, r, c));
+  }
+  void fill(std::mt19937& random) {
+    for (std::int64_t b = 0; b < batch_; ++b) {
+      for (std::int64_t r = 0; r < rows_; ++r) {
+        for (std::int64_t c = 0; c < channels_; ++c) {
+          const int eighths = static_cast<int>(random() % 31) - 15;
+          write(dtype_, memory_.get() + offset(b, r, c), eighths / 8.0);
+        }
+      }
+    }
+  }
+  // What `expected` (batch, rows, channels) says, but for rounding.
+  bool is(const std::vector<double>& expected) const {
+    double largest = 1e-30, worst = 0;
+    for (std::int64_t i = 0; i < static_cast<std::int64_t>(expected.size()); ++i) {
+      const std::int64_t b = i / (rows_ * channels_), r = i / channels_ % rows_, c = i % channels_;
+      largest = std::fmax(largest, std::fabs(expected[i]));
+      const double error = std::fabs(at(b, r, c) - expected[i]);
+      worst = error <= worst ? worst : error;  // a NaN stays
+    }
+    const double close = dtype_ == Dtype::kFloat64   ? 1e-11
+                         : dtype_ == Dtype::kFloat32 ? 1e-4
+                                                     : 0.03;
+    return worst <= close * (largest + 0.05);
+  }
+  nlk::Operand operand;
+
+ private:
+  std::size_t offset(std::int64_t b, std::int64_t r, std::int64_t c) const {
+    return static_cast<std::size_t>(b * operand.item + r * operand.row + c * operand.channel) *
+           bytes_of(dtype_);
+  }
+  Dtype dtype_;
+  std::int64_t batch_, rows_, channels_;
+  std::unique_ptr<char[]> memory_;
+};
+
+struct Expected {
+  std::vector<double> out, d_query, d_key, d_value;
+};
+
+Expected define(const nlk::AttentionProblem& p, const Tensor& query, const Tensor& key,
+                const Tensor& value, const Tensor& grad) {
+  Expected e;
+  e.out.resize(p.batch * p.queries * p.value_depth);
+  e.d_query.resize(p.batch * p.queries * p.depth);
+  e.d_key.resize(p.batch * p.keys * p.depth);
+  e.d_value.resize(p.batch * p.keys * p.value_depth);
+  const bool softmax = p.affinity == Affinity::kSoftmax;
+  std::vector<double> weights(p.keys), slopes(p.keys);
+  for (std::int64_t b = 0; b < p.batch; ++b) {
+    for (std::int64_t n = 0; n < p.queries; ++n) {
+      double top = -HUGE_VAL, total = 0, delta = 0;
+      for (std::int64_t m = 0; m < p.keys; ++m) {
+        double score = 0;
+        for (std::int64_t c = 0; c < p.depth; ++c) score += query.at(b, n, c) * key.at(b, m, c);
+        weights[m] = score * p.scale / (softmax ? 1.0 : static_cast<double>(p.keys));
+        if (p.affinity == Affinity::kRelu) weights[m] = std::fmax(weights[m], 0.0);
+        top = std::fmax(top, weights[m]);
+      }
+      if (softmax) {
+        for (auto& weight : weights) total += weight = std::exp(weight - top);
+        for (auto& weight : weights) weight /= total;
+      }
+      for (std::int64_t m = 0; m < p.keys; ++m) {
+        slopes[m] = 0;
+        for (std::int64_t c = 0; c < p.value_depth; ++c) {
+          e.out[(b * p.queries + n) * p.value_depth + c] += weights[m] * value.at(b, m, c);
+          e.d_value[(b * p.keys + m) * p.value_depth + c] += weights[m] * grad.at(b, n, c);
+          slopes[m] += grad.at(b, n, c) * value.at(b, m, c);
+        }
+        delta += weights[m] * slopes[m];
+      }
+      for (std::int64_t m = 0; m < p.keys; ++m) {
+        double slope = slopes[m] * p.scale / (softmax ? 1.0 : static_cast<double>(p.keys));
+        if (softmax) slope = weights[m] * (slopes[m] - delta) * p.scale;
+        if (p.affinity == Affinity::kRelu && weights[m] <= 0) slope = 0;
+        for (std::int64_t c = 0; c < p.depth; ++c) {
+          e.d_query[(b * p.queries + n) * p.depth + c] += slope * key.at(b, m, c);
+          e.d_key[(b * p.keys + m) * p.depth + c] += slope * query.at(b, n, c);
+        }
+      }
+    }
+  }
+  return e;
+}
+
+// Memory of exactly so many bytes at a multiple of 64.
+struct Free {
+  void operator()(char* memory) const { std::free(memory); }
+};
+std::unique_ptr<char, Free> workspace(std::int64_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, static_cast<std::size_t>(bytes))) std::abort();
+  std::memset(memory, 0xff, static_cast<std::size_t>(bytes));
+  return std::unique_ptr<char, Free>(static_cast<char*>(memory));
+}
+
+void check(nlk::Isa isa, unsigned seed) {
+  std::mt19937 random(seed);
+  const auto draw = [&](unsigned most) { return static_cast<std::int64_t>(random() % most) + 1; };
+  nlk::AttentionProblem p{};
+  p.affinity = static_cast<Affinity>(random() % 4);
+  p.dtype = static_cast<Dtype>(random() % 4);
+  p.batch = seed % 10 == 0 ? draw(30) : draw(3);
+  p.queries = draw(seed % 3 == 0 ? 300 : 40);
+  p.keys = draw(seed % 3 == 1 ? 300 : 40);
+  p.depth = draw(seed % 7 == 2 ? 300 : 60);
+  p.value_depth = draw(seed % 7 == 3 ? 300 : 60);
+  p.scale = seed % 5 == 0 ? -0.05 : 0.1;
+  p.threads = static_cast<int>(draw(4));
+  p.workspace_limit = seed % 2 ? 0 : 10 << 20;
+  const int layout = static_cast<int>(random() % 3);
+  Tensor query(p.dtype, p.batch, p.queries, p.depth, layout);
+  Tensor key(p.dtype, p.batch, p.keys, p.depth, layout);
+  Tensor value(p.dtype, p.batch, p.keys, p.value_depth, layout);
+  Tensor grad(p.dtype, p.batch, p.queries, p.value_depth, layout);
+  for (Tensor* tensor : {&query, &key, &value, &grad}) tensor->fill(random);
+  Tensor out(p.dtype, p.batch, p.queries, p.value_depth, layout);
+  Tensor d_query(p.dtype, p.batch, p.queries, p.depth, layout);
+  Tensor d_key(p.dtype, p.batch, p.keys, p.depth, layout);
+  Tensor d_value(p.dtype, p.batch, p.keys, p.value_depth, layout);
+  const std::size_t wide = p.dtype == Dtype::kFloat64 ? 8 : 4;
+  std::unique_ptr<char[]> stats(new char[2 * p.batch * p.queries * wide]);
+  {
+    const auto memory = workspace(nlk::attention_forward_workspace(isa, p));
+    nlk::attention_forward(isa, {p, query.operand, key.operand, value.operand, out.operand,
+                                 stats.get(), memory.get()});
+  }
+  {
+    const auto memory = workspace(nlk::attention_backward_workspace(isa, p));
+    nlk::attention_backward(isa, {p, grad.operand, query.operand, key.operand, value.operand,
+                                  d_query.operand, d_key.operand, d_value.operand, memory.get()});
+  }
+  const Expected e = define(p, query, key, value, grad);
+  const bool right[] = {out.is(e.out), d_query.is(e.d_query), d_key.is(e.d_key),
+                        d_value.is(e.d_value)};
+  const char* names[] = {"out", "d_query", "d_key", "d_value"};
+  for (int i = 0; i < 4; ++i) {
+    if (right[i]) continue;
+    ++failures;
+    std::printf("%s: wrong %s, seed %u: affinity %d, dtype %d, B %ld, N %ld, M %ld, D %ld, V %ld\n",
+                nlk::isa_name(isa), names[i], seed, static_cast<int>(p.affinity),
+                static_cast<int>(p.dtype), static_cast<long>(p.batch),
+                static_cast<long>(p.queries), static_cast<long>(p.keys),
+                static_cast<long>(p.depth), static_cast<long>(p.value_depth));
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int level = 0; level <= static_cast<int>(nlk::Isa::kAvx512Bf16); ++level) {
+    const auto isa = static_cast<nlk::Isa>(level);
+    if (!nlk::is_built(isa) || isa > nlk::detect_isa()) continue;
+    for (unsigned seed = 0; seed < kRounds; ++seed) check(isa, seed);
+  }
+  return failures == 0 ? 0 : 1;
+}
