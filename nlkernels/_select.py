@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nlkernels import _cache, _device
+from nlkernels import _cache, _device, _ext
 from nlkernels._operations import OPERATIONS, VERIFIED, implementation
 from nlkernels._spec import Problem
 
@@ -63,6 +63,9 @@ def module(op: str, backend: str, direction: str, *operands: torch.Tensor) -> An
     _record(op, problem, operands)
     if backend == "auto":
         backend = choose(op, problem, inside(op, problem.device), direction)
+        if backend == "cpp" and _ext.prepare():
+            # From now on `missing` gives the reason.
+            backend = choose(op, problem, inside(op, problem.device), direction)
     elif reasons := against(op, backend, problem, direction):
         raise NotImplementedError(refusal(op, backend, problem, reasons))
     return implementation(op, backend)

@@ -51,8 +51,8 @@ def nonlocal_attention(
             "dot_product" or "relu". Where M = 0 the last two give zeros.
         scale: factor of every query.key; None means D**-0.5 for softmax and 1 otherwise.
         backend: "auto" (the environment variable NLKERNELS_BACKEND when set, else the fastest
-            measured), "reference" (plain autograd, materialises the scores), "chunked", "triton" or
-            "sdpa" (softmax and gaussian only).
+            measured), "reference" (plain autograd, materialises the scores), "chunked", "cpp" (on
+            CPUs), "triton" (on GPUs) or "sdpa" (softmax and gaussian only).
         workspace_mib: MiB for tiles of scores; None is 10 on CPUs and 40 on GPUs, 0 the least, 16
             rows of scores, and in the forward of the backend triton none.
 
@@ -66,7 +66,7 @@ def nonlocal_attention(
         NotImplementedError: the named backend cannot serve this problem.
 
     Memory:
-        The backends chunked and triton: at most `workspace_mib`, and what the docstrings of
+        The backends chunked, cpp and triton: at most `workspace_mib`, and what the docstrings of
         nlkernels/ops/<op>/ add. Kept for the backward, by every backend but "reference" and, on
         GPUs, "sdpa": the operands; for softmax and gaussian also the output and 8 bytes a query
         (16 in float64). A tensor that is several operands is kept, and cast, once.
@@ -117,7 +117,8 @@ def nonlocal_concat(
         key_score: (B, M), same dtype and device.
         value: (B, M, V), same dtype and device.
         backend: "auto" (the environment variable NLKERNELS_BACKEND when set, else the fastest
-            measured), "reference" (plain autograd, materialises the scores), "chunked" or "triton".
+            measured), "reference" (plain autograd, materialises the scores), "chunked", "cpp" or
+            "triton".
 
     Returns:
         (B, N, V), dtype of the operands, contiguous; zeros where M = 0. In an autocast region the
@@ -169,7 +170,7 @@ def region_aggregate(
             in NCDHW and channels_last_3d.
         weight: (C, kt, kh, kw), same dtype and device, odd sizes; 3 x 7 x 7 where it was published.
         backend: "auto" (the environment variable NLKERNELS_BACKEND when set, else the fastest
-            measured), "reference" (torch's conv3d), "chunked" or "triton".
+            measured), "reference" (torch's conv3d), "chunked", "cpp" or "triton".
 
     Returns:
         (B, C, T, H, W), dtype of the operands; channels_last_3d where x is, else contiguous. In an
@@ -227,7 +228,7 @@ def channel_gate(
         bias: (1,) or None. It shifts every logit alike, so it changes nothing; its gradient is 0.
         transform: context (B, C) -> (B, C); what it holds is trained through it.
         backend: of the context: "auto" (the environment variable NLKERNELS_BACKEND when set, else
-            the fastest measured), "reference" (plain autograd), "chunked" or "triton".
+            the fastest measured), "reference" (plain autograd), "chunked", "cpp" or "triton".
 
     Returns:
         x + transform(context), shape of x; its dtype is x's where transform returns that or, as in

@@ -197,7 +197,8 @@ class ChannelGate(nn.Module):
 
         Example:
             >>> import torch, nlkernels
-            >>> nlkernels.ChannelGate(8).explain(torch.zeros(2, 8, 4, 6, 6)).backend
+            >>> gate = nlkernels.ChannelGate(8, backend="chunked")
+            >>> gate.explain(torch.zeros(2, 8, 4, 6, 6)).backend
             'chunked'
         """
         self._check_input(x)

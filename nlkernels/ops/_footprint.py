@@ -199,6 +199,21 @@ def _concat_chunked_backward(problem: Problem) -> int:
     return tables + copies + tile + _ranks(problem)
 
 
+def _concat_cpp_forward(problem: Problem) -> int:
+    batch, rows, keys, _, depth, *_ = problem
+    wide = accumulator_dtype(problem.dtype).itemsize
+    chunks, blocks = -(-(rows + keys) // 4096), -(-depth // 64)
+    sums = 1024 * batch * chunks * blocks if chunks > 1 else 0
+    return batch * (2 * (wide + 4) * (rows + keys) + 64) + sums + 512
+
+
+def _concat_cpp_backward(problem: Problem) -> int:
+    batch, rows, keys, _, depth, *_ = problem
+    chunks, blocks = -(-(rows + keys) // 4096), -(-depth // 64)
+    sums = 512 * batch * chunks * blocks if chunks > 1 else 0
+    return _concat_cpp_forward(problem) + 8 * batch * (rows + keys) * blocks + sums
+
+
 def _block_sums(problem: Problem, rows: int) -> int:
     """A table's blocks, summed in float64 and copied to the table's dtype."""
     blocks = rows // math.isqrt(rows)
@@ -321,5 +336,6 @@ _FORMULAS: dict[tuple[str, str], tuple[Callable[[Problem], int], Callable[[Probl
     ("dot_product", "chunked"): (_dot_product_chunked_forward, _dot_product_chunked_backward),
     ("dot_product", "triton"): (_quadratic_triton_forward, _quadratic_triton_backward),
     ("concat", "triton"): (_concat_triton_forward, _concat_triton_backward),
+    ("concat", "cpp"): (_concat_cpp_forward, _concat_cpp_backward),
     ("concat", "chunked"): (_concat_chunked_forward, _concat_chunked_backward),
 }

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from nlkernels import _launch, _operations, _select
+from nlkernels import _ext, _launch, _operations, _select
 from nlkernels._spec import Problem
 from nlkernels.ops import _autograd, _library
 
-BACKENDS = ("reference", "chunked", "triton")
+BACKENDS = ("reference", "chunked", "cpp", "triton")
 # Kind -> its definition: (query, key, value, scale) -> out.
 _DEFINITIONS: dict[str, Callable[..., torch.Tensor]] = {}
 
@@ -41,6 +41,8 @@ def supports(name: str, backend: str, problem: Problem) -> list[str]:
         return ["scaled_dot_product_attention always applies a softmax"]
     if backend not in BACKENDS:
         return [f"{name} has no backend {backend!r}"]
+    if backend == "cpp":
+        return _ext.unserved(problem)
     return _unsupported_by_triton(problem) if backend == "triton" else []
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nlkernels import channel_gate, explain
+from nlkernels import _ext, channel_gate, explain
 from nlkernels._memory import MIB, PeakMemory
 from nlkernels.ops.gate import chunked, op
 from nlkernels.ops.gate.suite import LAYOUTS, laid_out
@@ -209,8 +209,8 @@ def test_flops_are_counted():
 def test_explain_gives_a_reason_for_every_backend():
     x, weight, _ = tensors((2, 3, 4, 5, 6), layout="channels_last")
     explanation = explain("channel_gate", x, weight, weight[:1], transform=torch.tanh)
-    assert explanation.backend == "chunked"
-    assert set(explanation.reasons) == {"reference", "chunked", "triton"}
+    assert explanation.backend == ("chunked" if _ext.missing() else "cpp")
+    assert set(explanation.reasons) == {"reference", "chunked", "cpp", "triton"}
     assert "B=2 C=3 positions=120 float64 channels last on cpu" in str(explanation)
     with pytest.raises(NotImplementedError, match=r"channel_gate: expected .* use backend="):
         channel_gate(x, weight, transform=torch.tanh, backend="sdpa")

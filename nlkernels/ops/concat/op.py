@@ -7,23 +7,25 @@ composite outside the operator.
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from nlkernels import _launch, _operations, _select
+from nlkernels import _ext, _launch, _operations, _select
 from nlkernels._spec import Problem
 from nlkernels.ops import _autograd
 from nlkernels.ops._library import define
-from nlkernels.ops.concat import chunked, reference
+from nlkernels.ops.concat import chunked, cpp, reference
 from nlkernels.ops.concat.choice import TABLE
 from nlkernels.ops.concat.problem import problem
 
 NAME = "concat"
-BACKENDS = ("reference", "chunked", "triton")
-_INSIDE = {"chunked": chunked, "triton": "nlkernels.ops.concat.triton"}
+BACKENDS = ("reference", "chunked", "cpp", "triton")
+_INSIDE = {"chunked": chunked, "cpp": cpp, "triton": "nlkernels.ops.concat.triton"}
 
 
 def supports(backend: str, problem: Problem) -> list[str]:
     """Why `backend` cannot serve `problem`; an empty list when it can."""
     if backend not in BACKENDS:
         return [f"{NAME} has no backend {backend!r}"]
+    if backend == "cpp":
+        return _ext.unserved(problem)
     if backend != "triton":
         return []
     return _launch.unserved(problem)

@@ -5,12 +5,12 @@ from functools import partial
 from nlkernels._operations import Operation
 from nlkernels._spec import Problem
 from nlkernels.ops import _unnormalised
-from nlkernels.ops.dot_product import chunked, reference
+from nlkernels.ops.dot_product import chunked, cpp, reference
 from nlkernels.ops.dot_product.choice import TABLE
 
 NAME = "dot_product"
 # By name where a module can only be imported when its package is there.
-_INSIDE = {"chunked": chunked, "triton": "nlkernels.ops.dot_product.triton"}
+_INSIDE = {"chunked": chunked, "cpp": cpp, "triton": "nlkernels.ops.dot_product.triton"}
 
 # (query, key, value, scale, backend="auto", workspace_mib=None) -> out
 attention = partial(_unnormalised.attention, NAME)

@@ -10,23 +10,25 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from nlkernels import _launch, _operations, _select
+from nlkernels import _ext, _launch, _operations, _select
 from nlkernels.ops._autograd import differentiates_again
 from nlkernels.ops._library import define
 from nlkernels.ops._tiles import accumulator_dtype
-from nlkernels.ops.gate import chunked, reference
+from nlkernels.ops.gate import chunked, cpp, reference
 from nlkernels.ops.gate.choice import TABLE
 from nlkernels.ops.gate.problem import WIDEST, GateProblem, like
 
 NAME = "gate"
-BACKENDS = ("reference", "chunked", "triton")
-_INSIDE = {"chunked": chunked, "triton": "nlkernels.ops.gate.triton"}
+BACKENDS = ("reference", "chunked", "cpp", "triton")
+_INSIDE = {"chunked": chunked, "cpp": cpp, "triton": "nlkernels.ops.gate.triton"}
 
 
 def supports(backend: str, problem: GateProblem) -> list[str]:
     """Why `backend` cannot serve `problem`; an empty list when it can."""
     if backend not in BACKENDS:
         return [f"{NAME} has no backend {backend!r}"]
+    if backend == "cpp":
+        return _ext.unserved(problem)
     if backend != "triton":
         return []
     reasons = _launch.unserved(problem)

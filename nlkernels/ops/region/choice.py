@@ -1,13 +1,13 @@
 """Which backend `auto` prefers, as measured."""
 
-CPU = "measured on AVX-512-BF16 with AMX, 2 threads"
+CPU = "AVX-512-BF16, CPU time of one thread"
 TABLE = {
     "cpu": (
         {
             "dtypes": ("float16", "bfloat16", "float32", "float64"),
-            "order": ("chunked",),
-            "because": "with gradients 4 to 20 times as fast as conv3d at 3x7x7, 2 to 7 times at "
-            f"3x3x3 ({CPU})",
+            "order": ("cpp", "chunked"),
+            "because": "with gradients 2.1 to 3.3 times as fast as chunked, 15 times as conv3d at "
+            f"3x7x7, 4 to 9 at 3x3x3; in float64 more than 30 times ({CPU})",
         },
     ),
     "cuda": (

@@ -10,22 +10,24 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from nlkernels import _launch, _operations, _select
+from nlkernels import _ext, _launch, _operations, _select
 from nlkernels.ops._autograd import differentiates_again
 from nlkernels.ops._library import define
-from nlkernels.ops.region import chunked, reference
+from nlkernels.ops.region import chunked, cpp, reference
 from nlkernels.ops.region.choice import TABLE
 from nlkernels.ops.region.problem import TALLEST, RegionProblem, like
 
 NAME = "region_aggregate"
-BACKENDS = ("reference", "chunked", "triton")
-_INSIDE = {"chunked": chunked, "triton": "nlkernels.ops.region.triton"}
+BACKENDS = ("reference", "chunked", "cpp", "triton")
+_INSIDE = {"chunked": chunked, "cpp": cpp, "triton": "nlkernels.ops.region.triton"}
 
 
 def supports(backend: str, problem: RegionProblem) -> list[str]:
     """Why `backend` cannot serve `problem`; an empty list when it can."""
     if backend not in BACKENDS:
         return [f"{NAME} has no backend {backend!r}"]
+    if backend == "cpp":
+        return _ext.unserved(problem)
     if backend != "triton":
         return []
     reasons = _launch.unserved(problem)

@@ -4,12 +4,12 @@ from functools import partial
 
 from nlkernels._operations import Operation
 from nlkernels.ops import _quadratic, _unnormalised
-from nlkernels.ops.relu import chunked, reference
+from nlkernels.ops.relu import chunked, cpp, reference
 from nlkernels.ops.relu.choice import TABLE
 
 NAME = "relu"
 # By name where a module can only be imported when its package is there.
-_INSIDE = {"chunked": chunked, "triton": "nlkernels.ops.relu.triton"}
+_INSIDE = {"chunked": chunked, "cpp": cpp, "triton": "nlkernels.ops.relu.triton"}
 
 # (query, key, value, scale, backend="auto", workspace_mib=None) -> out
 attention = partial(_unnormalised.attention, NAME)

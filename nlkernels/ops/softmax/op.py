@@ -12,24 +12,31 @@ exp2(log2(e) scale (S - top)). Their common logarithm, one number, would round l
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from nlkernels import _launch, _operations, _select
+from nlkernels import _ext, _launch, _operations, _select
 from nlkernels._spec import Problem
 from nlkernels.ops import _autograd
 from nlkernels.ops._library import define
 from nlkernels.ops._tiles import accumulator_dtype
-from nlkernels.ops.softmax import chunked, reference, sdpa
+from nlkernels.ops.softmax import chunked, cpp, reference, sdpa
 from nlkernels.ops.softmax.choice import TABLE
 
 NAME = "softmax"
-BACKENDS = ("reference", "chunked", "triton", "sdpa")
+BACKENDS = ("reference", "chunked", "cpp", "triton", "sdpa")
 # By name where a module can only be imported when its package is there.
-_INSIDE = {"chunked": chunked, "triton": "nlkernels.ops.softmax.triton", "sdpa": sdpa}
+_INSIDE = {
+    "chunked": chunked,
+    "cpp": cpp,
+    "triton": "nlkernels.ops.softmax.triton",
+    "sdpa": sdpa,
+}
 
 
 def supports(backend: str, problem: Problem) -> list[str]:
     """Why `backend` cannot serve `problem`; an empty list when it can."""
     if backend not in BACKENDS:
         return [f"softmax has no backend {backend!r}"]
+    if backend == "cpp":
+        return _ext.unserved(problem)
     if backend == "triton":
         return _unsupported_by_triton(problem)
     return sdpa.unsupported(problem) if backend == "sdpa" else []
