@@ -1,11 +1,13 @@
 """Holds a result file against the performance this package promises, line by line.
 
-`python -m benchmarks.acceptance FILE.json` prints every line with the measured ratio and exits with
-1 if one does not hold.
+`python -m benchmarks.acceptance FILE.json` prints every line with the measured ratio, then what is
+wanted of the C++ kernels (targets.py), and exits with 1 if anything does not hold. `--of promises`
+or `--of targets` prints one of the two.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import load
+from benchmarks.targets import outcomes, print_outcomes
 
 CASE = "c2d_r50_128x1/res3@224"
 SHAPE = {"B": 2, "N": 12544, "M": 3136, "D": 256, "V": 256}
@@ -125,16 +128,31 @@ def verdicts(report: Mapping[str, Any]) -> list[tuple[Line, float | None, bool]]
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the lines of one file; returns 1 if any fails, 2 if the file cannot be read."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if len(given) != 1:
-        print("usage: python -m benchmarks.acceptance FILE.json", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.acceptance")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--of", choices=("all", "promises", "targets"), default="all")
+    options = parser.parse_args(arguments)
     try:
-        report = load(Path(given[0]))
+        report = load(options.file)
     except (OSError, ValueError) as error:
         print(f"acceptance: {error}", file=sys.stderr)
         return 2
-    found = verdicts(report)
+    held = []
+    if options.of != "targets":
+        found = verdicts(report)
+        print_verdicts(found)
+        held += [holds for _, _, holds in found]
+    if options.of != "promises":
+        wanted = outcomes(report)
+        print_outcomes(wanted, report["settings"].get("peak_gflops", {}))
+        held += [outcome.holds for outcome in wanted]
+    busy = max((row.get("foreign_cores") or 0.0 for row in report["rows"]), default=0.0)
+    print(f"other processes used up to {busy:.2f} cores meanwhile")
+    return 0 if all(held) else 1
+
+
+def print_verdicts(found: list[tuple[Line, float | None, bool]]) -> None:
+    """A line for each promise."""
     for line, value, holds in found:
         said = "not measured" if value is None else f"{value:.3f}"
         sign = "<=" if line.at_most else ">="
@@ -142,9 +160,6 @@ def main(arguments: list[str] | None = None) -> int:
             f"{'holds' if holds else 'FAILS'}  {line.kind:12} {line.dtype:9} {line.passes:17}"
             f"{line.text:32} {said:>12} {sign} {line.bound}"
         )
-    busy = max((row.get("foreign_cores") or 0.0 for row in report["rows"]), default=0.0)
-    print(f"other processes used up to {busy:.2f} cores meanwhile")
-    return 0 if all(holds for _, _, holds in found) else 1
 
 
 if __name__ == "__main__":

@@ -16,12 +16,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import results
-from benchmarks.checks import Judge, step
+from benchmarks import features, gate, region, results
+from benchmarks.checks import Judge
 from benchmarks.measure import PASSES, make_operands, measure
-from benchmarks.providers import PROVIDERS, Provider, select_providers
-from benchmarks.registry import DTYPES, GROUPS, KINDS, Case, select_cases
-from benchmarks.timing import gemm_tflops, synchronised_clock
+from benchmarks.peak import larger, peak_gflops, state_shares
+from benchmarks.providers import DEFAULT, PROVIDERS, Provider
+from benchmarks.registry import CASES, DTYPES, GROUPS, KINDS, Case, select_cases
+from benchmarks.timing import copy_gb_s, gemm_tflops, synchronised_clock
+
+OPERATIONS = {"region": region.OPERATION, "gate": gate.OPERATION}
+ALL_CASES = (*CASES, *region.CASES, *gate.CASES)
+ALL_PROVIDERS = dict.fromkeys([*PROVIDERS, *region.FUNCTIONS, *gate.FUNCTIONS])
 
 BUSY_CORES = 0.1
 """Average foreign load above which a measurement is called disturbed."""
@@ -42,8 +47,15 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         default=["quick"],
         help=f"groups ({', '.join(GROUPS)}), names or patterns",
     )
-    parser.add_argument("--kinds", type=words, default=list(KINDS))
-    parser.add_argument("--providers", type=words, default=list(PROVIDERS))
+    parser.add_argument(
+        "--kinds", type=words, default=list(KINDS), help=f"also {', '.join(OPERATIONS)}"
+    )
+    parser.add_argument(
+        "--providers",
+        type=words,
+        default=["default"],
+        help='names; "default" stands for all but cpp_avx2',
+    )
     parser.add_argument("--dtype", type=words, default=["float32", "bfloat16"])
     parser.add_argument("--pass", dest="passes", type=words, default=list(PASSES))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -68,8 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     options = parse_arguments(given)
     try:
-        cases = select_cases(options.cases, options.kinds, options.batch)
-        providers = select_providers(options.providers)
+        cases = select_cases(options.cases, options.kinds, options.batch, ALL_CASES)
+        names = _provider_names(options.providers)
         _check_choice("dtype", options.dtype, DTYPES)
         _check_choice("pass", options.passes, PASSES)
         device = _device(options.device, options.dtype)
@@ -85,31 +97,29 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
 
-    gemm = {name: gemm_tflops(device, getattr(torch, name)) for name in options.dtype}
+    isas = ["", *dict.fromkeys(PROVIDERS[name].isa for name in names if _has_isa(name))]
+    ceilings = measured_ceilings(device, options.dtype, isas)
     environment = results.environment(device, options.commit)
     out = results.default_path(environment["slug"]) if options.out is None else options.out
     header = {
         "command": shlex.join(["python", "-m", "benchmarks.bench_ops", *given]),
         "environment": environment,
         "tests": tests,
-        "settings": {"rounds": options.rounds, "seed": options.seed, "gemm_tflops": gemm},
+        "settings": {"rounds": options.rounds, "seed": options.seed, **ceilings},
     }
     file = results.ResultFile(out, header)
     for case in cases:
         for dtype_name in options.dtype:
             for passes in options.passes:
-                rows = measure(
-                    case,
-                    providers,
-                    dtype_name,
-                    passes,
-                    device,
-                    rounds=options.rounds,
-                    seed=options.seed,
-                    gemm=gemm[dtype_name],
-                )
-                file.add(rows)
-                _print(rows)
+                rows = rows_of(case, names, dtype_name, passes, device, options, ceilings)
+                if rows:
+                    file.add(rows)
+                    _print(rows)
+    # GEMM's rate has been divided by already, the others are stated again.
+    again = measured_ceilings(device, [], isas)
+    ceilings = larger(ceilings, again)
+    file.report["settings"] |= ceilings
+    state_shares(file.report["rows"], ceilings)
     file.close()
     print(f"written: {out}")
     busy = max((row.get("foreign_cores") or 0.0 for row in file.report["rows"]), default=0.0)
@@ -119,6 +129,52 @@ def main(arguments: list[str] | None = None) -> int:
     for row in bad:
         print(f"{row['status']}: {row['reason']}", file=sys.stderr)
     return 1 if bad else 0
+
+
+def rows_of(
+    case: Any,
+    names: list[str],
+    dtype_name: str,
+    passes: str,
+    device: torch.device,
+    options: argparse.Namespace,
+    ceilings: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Rows of one problem, of those providers that its operation has."""
+    common = {"rounds": options.rounds, "seed": options.seed}
+    if case.kind in OPERATIONS:
+        operation = OPERATIONS[case.kind]
+        own = [name for name in operation.functions if name in names]
+        return features.measure(
+            operation, case, dtype_name, passes, device, names=own, ceilings=ceilings, **common
+        )
+    providers = [PROVIDERS[name] for name in names if name in PROVIDERS]
+    gemm = ceilings["gemm_tflops"][dtype_name]
+    rows = measure(case, providers, dtype_name, passes, device, gemm=gemm, **common)
+    state_shares(rows, ceilings)
+    return rows
+
+
+def measured_ceilings(
+    device: torch.device, dtypes: list[str], isas: list[str]
+) -> dict[str, dict[str, Any] | float]:
+    """What this machine gives at best: matrix products, multiply-adds in registers, a copy."""
+    return {
+        "gemm_tflops": {name: gemm_tflops(device, getattr(torch, name)) for name in dtypes},
+        "peak_gflops": peak_gflops(isas) if device.type == "cpu" else {},
+        "copy_gb_s": copy_gb_s(device),
+    }
+
+
+def _provider_names(given: list[str]) -> list[str]:
+    default = [name for name in ALL_PROVIDERS if name in DEFAULT or name not in PROVIDERS]
+    names = [name for word in given for name in (default if word == "default" else [word])]
+    _check_choice("providers", names, tuple(ALL_PROVIDERS))
+    return list(dict.fromkeys(names))
+
+
+def _has_isa(name: str) -> bool:
+    return name in PROVIDERS and bool(PROVIDERS[name].isa)
 
 
 def _check_choice(what: str, given: list[str], allowed: tuple[str, ...]) -> None:
@@ -155,9 +211,11 @@ def _print(rows: list[dict[str, Any]]) -> None:
             for name, ratio in row["speedup_over"].items()
             if ratio is not None
         )
+        share = row["share_of_peak"]
+        of_peak = "" if share is None else f"{share:6.1%} of peak  "
         print(
             f"  {label:20} {times['p50']:9.2f} ms ({times['p20']:.2f} .. {times['p80']:.2f})"
-            f"  {row['peak_mib']:8.1f} MiB  {over}",
+            f"  {row['peak_mib']:8.1f} MiB  {of_peak}{over}",
             flush=True,
         )
 
@@ -167,7 +225,7 @@ def _served() -> list[Any]:
     return [
         pytest.param(case, provider, passes, id=f"{case.kind}-{passes}-{provider.name}")
         for case in select_cases(["quick"], batch=2)
-        for provider in PROVIDERS.values()
+        for provider in map(PROVIDERS.get, DEFAULT)
         for passes in PASSES
         if not provider.reason(case, torch.float32, cpu)
     ]
@@ -183,7 +241,7 @@ def test_op(benchmark: Any, case: Case, provider: Provider, passes: str) -> None
     """One provider on a small shape; the result of the timed call is judged."""
     operands = make_operands(case, torch.float32, torch.device("cpu"), seed=0)
     benchmark.group = f"{case.name} {case.kind} {passes}"
-    outputs = benchmark(step(provider.function(case.kind), case, operands, passes))
+    outputs = benchmark(provider.step(case, operands, passes))
     Judge(case, operands, passes).check(provider.name, outputs)
 
 

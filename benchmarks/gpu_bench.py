@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.gate import measure_gate
+from benchmarks import features, gate, region
 from benchmarks.gpu_plan import Job, plan, reduced
 from benchmarks.gpu_summary import PEERS, floors, print_summary
 from benchmarks.kernel_rows import configuration_rows, kernel_rows
 from benchmarks.measure import PEER_SLACK, measure
 from benchmarks.peers import GPU_PROVIDERS, forget_compiled
-from benchmarks.region import measure_region
 from benchmarks.stage import (
     DEADLINE,
     RowFile,
@@ -156,7 +155,8 @@ def run(
     rounds = options.rounds or ROUNDS
     gemm = ceilings["gemm_tflops"].get(job.dtype)
     if job.kind in ("region", "gate"):
-        return (measure_region if job.kind == "region" else measure_gate)(
+        return features.measure(
+            region.OPERATION if job.kind == "region" else gate.OPERATION,
             job.case,
             job.dtype,
             job.passes,

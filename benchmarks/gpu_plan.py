@@ -13,15 +13,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.gate import FUNCTIONS as GATE_PROVIDERS
 from benchmarks.gate import LAYERS as GATE_LAYERS
 from benchmarks.gate import GateCase
 from benchmarks.measure import PASSES
 from benchmarks.peers import COMPILED, QUICK, SWEEP
-from benchmarks.region import FUNCTIONS as REGION_PROVIDERS
 from benchmarks.region import LAYERS as REGION_LAYERS
 from benchmarks.region import RegionCase
 from benchmarks.registry import CASES, Case, select_cases
+
+REGION_PROVIDERS = ("conv3d", "masked_dense", "chunked", "triton", "auto")
+GATE_PROVIDERS = ("naive", "chunked", "triton", "auto")
 
 LONG = Case("long_512", "softmax", 4, 8192, 8192, 512, 512)
 # res4 and res5 of 4 frames at 224 px, keys pooled: M below D V / (D + V).
@@ -152,14 +153,10 @@ def _compiled(cases: list[Case], dtype: str) -> list[Job]:
 
 
 def _gate(cases: Sequence[GateCase], dtype: str) -> list[Job]:
-    return [
-        Job("gate", c, dtype, passes, tuple(GATE_PROVIDERS)) for c in cases for passes in PASSES
-    ]
+    return [Job("gate", c, dtype, passes, GATE_PROVIDERS) for c in cases for passes in PASSES]
 
 
 def _region(cases: list[RegionCase], dtype: str) -> list[Job]:
     return [
-        Job("region", case, dtype, passes, tuple(REGION_PROVIDERS))
-        for case in cases
-        for passes in PASSES
+        Job("region", case, dtype, passes, REGION_PROVIDERS) for case in cases for passes in PASSES
     ]

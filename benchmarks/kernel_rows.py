@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import gate, region
+from benchmarks import features, region
 from benchmarks.checks import Judge, step
 from benchmarks.gate import GateCase
 from benchmarks.measure import Call, Judging, compare, derive, make_operands
@@ -135,7 +135,7 @@ def _whole_passes(
     if isinstance(case, GateCase):
         from nlkernels.ops.gate import triton as backend
 
-        x, weight, grad = gate.make_operands(case, dtype, device)
+        x, weight, grad = features.make_operands(case, dtype, device)
         d_context = grad.flatten(2).sum(-1)
         return (
             lambda: backend.forward(x, weight),
@@ -239,8 +239,8 @@ def _prepared(
     if isinstance(case, RegionCase):
         from nlkernels.ops.region.problem import RegionProblem
 
-        operands = region.make_operands(case, dtype, device)
-        call = region.region_step(region.FUNCTIONS["triton"], operands, passes)
+        operands = features.make_operands(case, dtype, device)
+        call = features.step(region.FUNCTIONS["triton"], operands, passes)
         problem = RegionProblem.of(*operands[:2])
         return problem, call, region.RegionJudge(operands, passes), case.shape
     operands = make_operands(case, dtype, device, seed=0)

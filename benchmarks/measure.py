@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.checks import Judge, WrongResult, step
+from benchmarks.checks import Judge, WrongResult
 from benchmarks.graphs import NotCaptured, capture
 from benchmarks.providers import Provider, chosen_backend
 from benchmarks.registry import Case
@@ -129,7 +129,7 @@ def measure(
     operands = make_operands(case, dtype, device, seed)
     calls = {}
     for provider in providers:
-        call = step(provider.function(case.kind), case, operands, passes)
+        call = provider.step(case, operands, passes)
         if lost is not None and provider.name in lost:
             calls[provider.name] = Call(call, lost[provider.name], status="failed")
             continue
@@ -156,7 +156,11 @@ def measure(
     )
     # These do fewer operations than the nominal count, being linear: a share would mislead.
     linear = case.kind in ("dot_product", "concat")
-    derive(rows, case.flop(passes), None if linear else gemm)
+    least = {
+        "least_flop": case.least_flop(passes),
+        "least_bytes": case.traffic(passes, dtype.itemsize),
+    }
+    derive(rows, case.flop(passes), None if linear else gemm, least)
     for row in rows:
         if row["provider"] == "auto" and row["status"] == "ok":
             row["backend"] = chosen_backend(case, dtype, device)
@@ -262,18 +266,25 @@ def check_device(device: torch.device) -> None:
         raise DeviceLost(str(error).strip().splitlines()[0]) from error
 
 
-def derive(rows: list[dict[str, Any]], flop: int, gemm: float | None) -> None:
+def derive(
+    rows: list[dict[str, Any]],
+    flop: int,
+    gemm: float | None,
+    least: Mapping[str, int] | None = None,
+) -> None:
     """Adds rates and ratios to the rows of one problem that were timed.
 
     Args:
         rows: Of one problem.
         flop: Nominal operations.
         gemm: Rate in TFLOP/s that the share is of; None leaves the share out.
+        least: `least_flop` and `least_bytes`, what any implementation needs at least.
     """
     medians = {row["provider"]: row["time_ms"]["p50"] for row in rows if "time_ms" in row}
     for row in rows:
         if row["provider"] not in medians:
             continue
+        row |= least or {}
         own = medians[row["provider"]]
         row["speedup_over"] = {}
         for baseline, names in BASELINES.items():

@@ -101,7 +101,9 @@ def _peer(name: str, function: Callable[[str], Function], reason: Any) -> Provid
     return Provider(name, function, reason, optional=True)
 
 
-GPU_PROVIDERS = PROVIDERS | {
+CPU_ONLY = ("cpp", "cpp_avx2")
+
+GPU_PROVIDERS = {name: PROVIDERS[name] for name in PROVIDERS if name not in CPU_ONLY} | {
     provider.name: provider
     for provider in (
         own_provider("triton", "triton"),

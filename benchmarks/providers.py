@@ -4,7 +4,7 @@ and says what it serves.
 `naive` is the materialising definition, plain autograd (backend `reference`); `two_bmm` is
 dot_product by two matrix products in the cheaper order; `tiled` is concat as published blocks write
 it, a convolution of all pairs' channels; `sdpa_*` are PyTorch's `scaled_dot_product_attention` with
-one backend forced; `chunked` and `auto` are ours.
+one backend forced; `chunked`, `cpp` and `auto` are ours, `cpp_avx2` is `cpp` held to AVX2.
 
 Query and key of concat are one score for each position: (B, N, 1) and (B, M, 1).
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import nlkernels
+from benchmarks import checks
+from benchmarks.peak import forced_isa, on_isa
 from benchmarks.registry import Case
 
 Function = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -46,6 +48,7 @@ class Provider:
         optional: What it raises means that it does not serve the case, not that it failed.
         passes: The passes it is measured in.
         ours: It is this package's, not one to compare with.
+        isa: Instruction set that the C++ kernels are held to; "" for the CPU's best.
     """
 
     name: str
@@ -54,6 +57,13 @@ class Provider:
     optional: bool = False
     passes: tuple[str, ...] = ("forward", "forward_backward")
     ours: bool = False
+    isa: str = ""
+
+    def step(
+        self, case: Case, operands: tuple[Tensor, ...], passes: str
+    ) -> Callable[[], dict[str, Tensor]]:
+        """The call that is timed and judged, as `benchmarks.checks.step` makes it."""
+        return on_isa(self.isa, checks.step(self.function(case.kind), case, operands, passes))
 
 
 def _two_bmm(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -161,7 +171,9 @@ def _sdpa_provider(name: str, backend: SDPBackend) -> Provider:
     return Provider(name, lambda kind: partial(_sdpa, backend=backend), reason)
 
 
-def own_provider(name: str, backend: str, workspace_mib: float | None = None) -> Provider:
+def own_provider(
+    name: str, backend: str, workspace_mib: float | None = None, isa: str = ""
+) -> Provider:
     """A backend of this package under a name."""
 
     def reason(case: Case, dtype: torch.dtype, device: torch.device) -> str:
@@ -170,7 +182,8 @@ def own_provider(name: str, backend: str, workspace_mib: float | None = None) ->
         if workspace_mib is not None and case.kind == "concat":
             return "concat has no workspace"
         try:
-            _explain(case, dtype, device, backend)
+            with forced_isa(isa):
+                _explain(case, dtype, device, backend)
         except NotImplementedError as error:
             return str(error)
         return SERVED
@@ -178,7 +191,7 @@ def own_provider(name: str, backend: str, workspace_mib: float | None = None) ->
     def function(kind: str) -> Function:
         return partial(_nonlocal, kind=kind, backend=backend, workspace_mib=workspace_mib)
 
-    return Provider(name, function, reason, ours=backend != "reference")
+    return Provider(name, function, reason, ours=backend != "reference", isa=isa)
 
 
 def _explain(case: Case, dtype: torch.dtype, device: torch.device, backend: str):
@@ -213,20 +226,11 @@ PROVIDERS = {
         _sdpa_provider("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION),
         _sdpa_provider("sdpa_math", SDPBackend.MATH),
         own_provider("chunked", "chunked"),
+        own_provider("cpp", "cpp"),
+        own_provider("cpp_avx2", "cpp", isa="avx2"),
         own_provider("auto", "auto"),
     )
 }
 
-
-def select_providers(names: Sequence[str]) -> list[Provider]:
-    """Providers by name, in the order given.
-
-    Raises:
-        ValueError: An unknown name.
-    """
-    unknown = [name for name in names if name not in PROVIDERS]
-    if unknown:
-        raise ValueError(
-            f"providers: expected some of {', '.join(PROVIDERS)}, got {', '.join(unknown)}"
-        )
-    return [PROVIDERS[name] for name in names]
+DEFAULT = tuple(name for name, provider in PROVIDERS.items() if not provider.isa)
+"""Providers that are measured where none are named: another instruction set is compiled first."""

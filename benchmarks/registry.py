@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 KINDS = ("softmax", "gaussian", "dot_product", "relu", "concat")
 PUBLISHED = ("softmax", "gaussian", "dot_product", "concat")
@@ -52,6 +53,28 @@ class Case:
         width = self.v if self.kind == "concat" else self.d + self.v
         forward = 2 * self.batch * self.n * self.m * width
         return forward if passes == "forward" else forward + 5 * forward // 2
+
+    def least_flop(self, passes: str) -> int:
+        """Operations of the form that needs the fewest, to state shares of a peak.
+
+        dot_product may be computed as query @ (key^T @ value), with four such products more in the
+        backward. concat adds up sorted numbers, one for each position and channel of value.
+        """
+        positions = self.batch * (self.n + self.m) * self.v
+        if self.kind == "concat":
+            return 2 * positions * (1 if passes == "forward" else 3)
+        if self.kind != "dot_product":
+            return self.flop(passes)
+        # Of the gradients, those of query and the state read N positions, the others M.
+        linear = 2 * positions * self.d * (1 if passes == "forward" else 3)
+        return min(linear, self.flop(passes))
+
+    def traffic(self, passes: str, itemsize: int) -> int:
+        """Fewest bytes: operands and output; then operands again, and all gradients."""
+        operands = self.batch * ((self.n + self.m) * self.d + self.m * self.v) * itemsize
+        output = self.batch * self.n * self.v * itemsize
+        forward = operands + output
+        return forward if passes == "forward" else forward + 2 * operands + output
 
 
 @dataclass(frozen=True)
@@ -192,6 +215,12 @@ GROUPS = {
     "acceptance": ("c2d_r50_128x1/res3@224",),
     "long": ("c2d_r50_128x1/res3@224", "c2d_r50_128x1/res3@256"),
     "quick": ("c2d_r50_8x8/res4@224",),
+    "targets": (
+        "c2d_r50_128x1/res3@224",
+        "c2d_r50_8x8/res3@224",
+        "c2d_r50_8x8/res4@224",
+        "c2d_r50_128x1/res4@224",
+    ),
 }
 
 
@@ -215,14 +244,16 @@ def select_cases(
     patterns: Sequence[str] = ("quick",),
     kinds: Sequence[str] = KINDS,
     batch: int | None = None,
-) -> list[Case]:
+    cases: Sequence[Any] = CASES,
+) -> list[Any]:
     """Cases whose name or group matches one of the patterns, in registry order.
 
     Args:
-        patterns: Group words ("acceptance", "long", "quick"), names, or shell patterns of names
-            ("*/res3@224", "*").
+        patterns: Group words ("acceptance", "long", "quick", "targets"), names, or shell patterns
+            of names ("*/res3@224", "*").
         kinds: Affinities to keep.
         batch: Replaces the batch of every case.
+        cases: What is selected from; cases of other operations have name, kind, batch and groups.
 
     Raises:
         ValueError: A pattern or kind matches nothing, or batch < 1.
@@ -231,22 +262,23 @@ def select_cases(
         >>> [(case.n, case.m, case.d) for case in select_cases(["acceptance"], ["softmax"])]
         [(12544, 3136, 256)]
     """
-    unknown = sorted(set(kinds) - set(KINDS))
+    known = list(dict.fromkeys([*KINDS, *(case.kind for case in cases)]))
+    unknown = sorted(set(kinds) - set(known))
     if unknown:
-        raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, got {', '.join(unknown)}")
+        raise ValueError(f"kinds: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     if batch is not None and batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")
     chosen = []
     for pattern in patterns:
-        found = [c for c in CASES if pattern in c.groups or fnmatchcase(c.name, pattern)]
+        found = [c for c in cases if pattern in c.groups or fnmatchcase(c.name, pattern)]
         if not found:
-            names = ", ".join(dict.fromkeys(case.name for case in CASES))
+            names = ", ".join(dict.fromkeys(case.name for case in cases))
             raise ValueError(
                 f"cases: expected a group ({', '.join(GROUPS)}), a name or a pattern of names, "
                 f"got {pattern!r}; names are {names}"
             )
         chosen += found
-    cases = [case for case in CASES if case in chosen and case.kind in kinds]
-    if not cases:
+    wanted = [case for case in cases if case in chosen and case.kind in kinds]
+    if not wanted:
         raise ValueError(f"cases: none of {', '.join(patterns)} has kind {', '.join(kinds)}")
-    return cases if batch is None else [replace(case, batch=batch) for case in cases]
+    return wanted if batch is None else [replace(case, batch=batch) for case in wanted]

@@ -93,7 +93,7 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
     cores = len(os.sched_getaffinity(0))
     gpu = _gpu_info(device)
     changes = _git("status", "--porcelain", "--", "nlkernels", "csrc", "benchmarks/*.py")
-    name = gpu["name"] if gpu else f"cpu {instruction_set} {cores}c"
+    name = gpu["name"] if gpu else f"cpu {_cpu_label(cpu)} {instruction_set} {cores}c"
     return {
         "device": device.type,
         "slug": re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-"),
@@ -132,6 +132,17 @@ def _cpu_info() -> dict[str, str]:
         key, _, value = line.partition(":")
         info.setdefault(key.strip(), value.strip())
     return info
+
+
+def _cpu_label(cpu: Mapping[str, str]) -> str:
+    """Maker and model: CPUs with the same instructions execute them at different widths."""
+    vendor = cpu.get("vendor_id", "")
+    maker = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}.get(vendor, vendor)
+    numbers = [cpu[key] for key in ("cpu family", "model") if key in cpu]
+    if not numbers:
+        maker, keys = "arm", ("CPU implementer", "CPU part")
+        numbers = [cpu[key].removeprefix("0x") for key in keys if key in cpu]
+    return "-".join([maker, *numbers]) if numbers else platform.machine()
 
 
 def _gpu_info(device: torch.device) -> dict[str, Any] | None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import nlkernels
+from benchmarks.features import NAMES, step
 from benchmarks.kernel_rows import Recorder, recorded
-from benchmarks.region import NAMES, region_step
 from benchmarks.stage import interpret
 
 # Batch, N, M, D, V and workspace; fused with keys shared out among programs, fused with odd
@@ -122,7 +122,7 @@ def run_region(dtype: torch.dtype, layout: str, device: torch.device) -> Iterato
             for _ in range(2)
         )
         weight = torch.randn(REGION[1], *taps, generator=generator).to(dtype).to(device)
-        results = region_step(_aggregate, (x, weight, grad), "forward_backward")()
+        results = step(_aggregate, (x, weight, grad), "forward_backward")()
         yield from (results[name] for name in NAMES)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import region
 from benchmarks.checks import eager
 from benchmarks.registry import CASES, KINDS, Case, select_cases
 from nlkernels.models import create_model
@@ -81,6 +82,23 @@ def test_acceptance_case() -> None:
     assert (case.batch, case.n, case.m, case.d, case.v) == (2, 12544, 3136, 256, 256)
 
 
+def test_cases_of_the_targets() -> None:
+    found = {
+        (case.batch, case.n, case.m, case.d, case.v)
+        for case in select_cases(["targets"], ["softmax", "gaussian"])
+    }
+    wanted = {
+        (2, 12544, 3136, 256, 256),
+        (8, 3136, 784, 256, 256),
+        (8, 784, 196, 512, 512),
+        (2, 3136, 784, 1024, 512),
+    }
+    assert wanted <= found
+    (clip,) = select_cases(["targets"], ["region"], cases=region.CASES)
+    assert (clip.batch, clip.channels, clip.positions) == (1, 256, (8, 28, 28))
+    assert clip.taps == (3, 7, 7)
+
+
 def test_names_and_kinds_are_unique() -> None:
     assert len({(case.name, case.kind) for case in CASES}) == len(CASES)
     assert {case.kind for case in CASES} == set(KINDS)
@@ -97,6 +115,23 @@ def test_nominal_flop_is_that_of_the_two_products(kind: str) -> None:
         eager(query, key, value, case.scale, kind=kind)
     assert counter.get_total_flops() == case.flop("forward")
     assert case.flop("forward_backward") == 3.5 * case.flop("forward")
+
+
+def test_fewest_flop_are_those_of_the_reassociated_form() -> None:
+    query, key, value = (
+        torch.randn(2, rows, width, requires_grad=True)
+        for rows, width in ((60, 6), (40, 6), (40, 4))
+    )
+    case = Case("tiny", "dot_product", 2, 60, 40, 6, 4)
+    with FlopCounterMode(display=False) as counter:
+        out = query @ (key.mT @ value)
+        assert counter.get_total_flops() == case.least_flop("forward")
+        out.sum().backward()
+    assert counter.get_total_flops() == case.least_flop("forward_backward")
+    few = replace(case, m=2)
+    assert few.least_flop("forward") == few.flop("forward")
+    softmax = replace(case, kind="softmax")
+    assert softmax.least_flop("forward_backward") == softmax.flop("forward_backward")
 
 
 @pytest.mark.parametrize(

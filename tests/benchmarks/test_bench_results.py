@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import acceptance, bench_ops, results
+from benchmarks import acceptance, bench_ops, peak, results
 from benchmarks.gpu_summary import PEERS
 
 COMMITTED = sorted(results.RESULTS.glob("*/*.json"))
@@ -18,7 +18,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
     path = tmp_path_factory.mktemp("results") / "run.json"
     command = "--cases quick --kinds softmax,gaussian --batch 1 --dtype float32 --rounds 2"
     providers = "naive,sdpa_flash,sdpa_cudnn,chunked,auto"
-    code = bench_ops.main([*command.split(), "--providers", providers, "--out", str(path)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peak, "SAMPLE_S", 0.001)
+        code = bench_ops.main([*command.split(), "--providers", providers, "--out", str(path)])
     assert code == 0
     return results.load(path)
 
@@ -34,7 +36,8 @@ def test_run_is_described(report: dict) -> None:
     assert report["settings"]["gemm_tflops"]["float32"] > 0
     where = report["environment"]
     assert where["device"] == "cpu"
-    assert where["slug"] == f"cpu-{where['instruction_set']}-{where['cores']}c"
+    assert where["slug"].startswith("cpu-")
+    assert where["slug"].endswith(f"-{where['instruction_set']}-{where['cores']}c")
     assert where["cores"] >= 1
     assert where["threads"] >= 1
     assert {"python", "torch", "triton", "numpy", "nlkernels"} <= where["versions"].keys()
@@ -56,6 +59,21 @@ def test_rows_are_measured(report: dict) -> None:
             assert row["peak_mib"] >= row["output_mib"]
             assert row["share_of_gemm"] > 0
     assert measured["auto"]["backend"]
+
+
+def test_rows_state_their_share_of_what_the_machine_gave(report: dict) -> None:
+    settings, timed = report["settings"], [r for r in report["rows"] if r["status"] == "ok"]
+    reached = peak.machine_peak(settings["peak_gflops"], "float32")
+    for row in timed:
+        seconds = row["time_ms"]["p50"] / 1e3
+        moved = row["least_bytes"] / seconds / 1e9 / settings["copy_gb_s"]
+        assert row["share_of_copy"] == pytest.approx(moved, rel=1e-4)
+        if reached is None:  # no compiler
+            assert row["share_of_peak"] is None
+            continue
+        assert row["least_flop"] == pytest.approx(row["nominal_tflops"] * 1e12 * seconds, rel=1e-4)
+        computed = row["least_flop"] / seconds / 1e9 / reached
+        assert row["share_of_peak"] == pytest.approx(computed, rel=1e-4)
 
 
 def test_speedup_is_over_the_medians_of_this_run(report: dict) -> None:

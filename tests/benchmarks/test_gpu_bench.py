@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gate, gpu_bench, gpu_plan, gpu_summary, kernel_rows, peers, region
+from benchmarks import (
+    features,
+    gate,
+    gpu_bench,
+    gpu_plan,
+    gpu_summary,
+    kernel_rows,
+    peers,
+    region,
+)
 from benchmarks.checks import WrongResult
 from benchmarks.gpu_plan import Job
 from benchmarks.graphs import NotCaptured, capture
@@ -218,20 +227,21 @@ def test_backward_rate_is_that_of_the_difference() -> None:
     assert found["softmax 256/256 forward"] is None
 
 
-@pytest.mark.parametrize("form", region.FORMATS)
+@pytest.mark.parametrize("form", features.FORMATS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_region_rows_and_its_judge(dtype: str, form: str) -> None:
     case = region.RegionCase("tiny", 2, 64, (3, 5, 4), (3, 3, 5), form)
-    passes, names = "forward_backward", ("conv3d", "masked_dense", "chunked")
-    rows = region.measure_region(case, dtype, passes, CPU, rounds=1, ceilings=CEILINGS, names=names)
+    names = ("conv3d", "masked_dense", "slices_2d", "chunked")
+    options = {"rounds": 1, "ceilings": CEILINGS, "names": names}
+    rows = features.measure(region.OPERATION, case, dtype, "forward_backward", CPU, **options)
     found = {row["provider"]: row for row in rows}
-    assert [row["status"] for row in rows] == ["ok"] * 3
-    assert found["conv3d"]["error"].keys() == set(region.NAMES)
-    operands = region.make_operands(case, getattr(torch, dtype), CPU)
+    assert [row["status"] for row in rows] == ["ok"] * 4
+    assert found["conv3d"]["error"].keys() == set(features.NAMES)
+    operands = features.make_operands(case, getattr(torch, dtype), CPU)
     judge = region.RegionJudge(operands, "forward_backward")
-    right = region.region_step(region.conv3d, operands, "forward_backward")()
+    right = features.step(region.conv3d, operands, "forward_backward")()
     judge.check("right", right)
-    for name in region.NAMES:
+    for name in features.NAMES:
         wrong = {key: value.clone() for key, value in right.items()}
         # Channel 1 is outside the sample.
         (wrong[name] if name == "grad_weight" else wrong[name].transpose(0, 1))[1] *= 1.5
@@ -239,22 +249,21 @@ def test_region_rows_and_its_judge(dtype: str, form: str) -> None:
             judge.check("wrong", wrong)
 
 
-@pytest.mark.parametrize("form", region.FORMATS)
+@pytest.mark.parametrize("form", features.FORMATS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gate_rows_and_its_judge(dtype: str, form: str) -> None:
     case = gate.GateCase("tiny", 2, 24, (3, 5, 4), form)
     names = ("naive", "chunked", "auto")
-    rows = gate.measure_gate(
-        case, dtype, "forward_backward", CPU, rounds=1, ceilings=CEILINGS, names=names
-    )
+    options = {"rounds": 1, "ceilings": CEILINGS, "names": names}
+    rows = features.measure(gate.OPERATION, case, dtype, "forward_backward", CPU, **options)
     assert [row["status"] for row in rows] == ["ok"] * 3, rows
-    assert rows[2]["backend"] == "chunked"
+    assert rows[2]["backend"] in ("chunked", "cpp")
     assert all(row["share_of_copy"] > 0 for row in rows)
-    operands = gate.make_operands(case, getattr(torch, dtype), CPU)
+    operands = features.make_operands(case, getattr(torch, dtype), CPU)
     judge = gate.GateJudge(operands, "forward_backward")
-    right = region.region_step(gate.naive, operands, "forward_backward")()
+    right = features.step(gate.naive, operands, "forward_backward")()
     judge.check("right", right)
-    for name in gate.NAMES:
+    for name in features.NAMES:
         wrong = {key: value.clone() for key, value in right.items()}
         wrong[name][(0,) * wrong[name].dim()] += 0.5
         with pytest.raises(WrongResult, match=name):
@@ -263,10 +272,10 @@ def test_gate_rows_and_its_judge(dtype: str, form: str) -> None:
 
 def test_region_truth_is_that_of_float64_autograd() -> None:
     case = region.RegionCase("tiny", 2, 3, (4, 5, 6), (3, 1, 5), "contiguous")
-    operands = region.make_operands(case, torch.float64, CPU)
+    operands = features.make_operands(case, torch.float64, CPU)
     truth = region.truth_of(*operands)
-    results = region.region_step(region.conv3d, operands, "forward_backward")()
-    for name, exact in zip(region.NAMES, truth, strict=True):
+    results = features.step(region.conv3d, operands, "forward_backward")()
+    for name, exact in zip(features.NAMES, truth, strict=True):
         torch.testing.assert_close(results[name], exact)
 
 
