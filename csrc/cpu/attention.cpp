@@ -6,24 +6,6 @@
 
 namespace nlk {
 namespace NLK_ISA {
-namespace {
-
-// Calls `with` with a number of the type that a dtype stands for.
-template <typename With>
-auto with_dtype(Dtype dtype, With with) {
-  switch (dtype) {
-    case Dtype::kFloat64:
-      return with(double{});
-    case Dtype::kBfloat16:
-      return with(Bfloat16{});
-    case Dtype::kFloat16:
-      return with(Float16{});
-    default:
-      return with(float{});
-  }
-}
-
-}  // namespace
 
 std::int64_t attention_forward_workspace(const AttentionProblem& problem) {
   return with_dtype(problem.dtype, [&](auto number) {

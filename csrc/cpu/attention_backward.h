@@ -91,19 +91,9 @@ class Backward {
 
  private:
   static constexpr std::int64_t kPanelColumns = kPanel<E>;
-  static std::int64_t panels(std::int64_t columns) {
-    return (columns + kPanelColumns - 1) / kPanelColumns;
-  }
-  static Part<T> part(const Operand& operand, std::int64_t item, std::int64_t row,
-                      std::int64_t channel) {
-    return {static_cast<const T*>(operand.data) + item * operand.item + row * operand.row +
-                channel * operand.channel,
-            operand.row, operand.channel};
-  }
-  static Part<T> transposed(Part<T> rows) { return {rows.data, rows.column, rows.row}; }
-
   bool pack(const AttentionBackward& call, std::int64_t first, std::int64_t items) {
-    const std::int64_t keys = panels(p_.keys), channels = panels(p_.depth);
+    const std::int64_t keys = blocks_of(p_.keys, kPanelColumns);
+    const std::int64_t channels = blocks_of(p_.depth, kPanelColumns);
     const std::int64_t tasks = 2 * keys + channels;
     auto body = [&](std::int64_t task, int) {
       const std::int64_t slot = task / tasks, item = first + slot;
@@ -111,7 +101,7 @@ class Backward {
       if (panel >= 2 * keys) {
         const std::int64_t channel = (panel - 2 * keys) * kPanelColumns;
         const std::int64_t columns = smaller_of(kPanelColumns, p_.depth - channel);
-        pack_panel<E, T>(part(call.key, item, 0, channel), p_.keys, columns,
+        pack_panel<E, T>(part_of<T>(call.key, item, 0, channel), p_.keys, columns,
                          panel_width<E>(columns),
                          key_factors_ + (slot * depth_columns_ + channel) * key_depth_);
         return;
@@ -120,7 +110,7 @@ class Backward {
       const std::int64_t columns = smaller_of(kPanelColumns, p_.keys - key);
       const std::int64_t at = slot * key_columns_ + key;
       const bool of_keys = panel < keys;
-      pack_panel<E, T>(transposed(part(of_keys ? call.key : call.value, item, key, 0)),
+      pack_panel<E, T>(transposed(part_of<T>(of_keys ? call.key : call.value, item, key, 0)),
                        of_keys ? p_.depth : p_.value_depth, columns, panel_width<E>(columns),
                        of_keys ? key_panels_ + at * depth_ : value_panels_ + at * value_depth_);
     };
@@ -129,7 +119,7 @@ class Backward {
 
   bool over_rows(const AttentionBackward& call, std::int64_t first, std::int64_t items,
                  std::int64_t row, std::int64_t rows) {
-    const std::int64_t blocks = (rows + rows_ - 1) / rows_;
+    const std::int64_t blocks = blocks_of(rows, rows_);
     auto body = [&](std::int64_t task, int thread) {
       const std::int64_t slot = task / blocks, start = task % blocks * rows_;
       differentiate(call, first + slot, slot, row + start, start,
@@ -141,18 +131,22 @@ class Backward {
   // Rows [row, row + rows) of a batch item, which begin at `start` in the superblock.
   void differentiate(const AttentionBackward& call, std::int64_t item, std::int64_t slot,
                      std::int64_t row, std::int64_t start, std::int64_t rows, int thread) {
-    E *query = own(query_, thread), *grad = own(grad_, thread);
-    Number *scores = own(scores_, thread), *d_weights = own(d_weights_, thread);
-    Number* d_query = own(d_query_, thread);
+    E* query = own_piece(query_, thread, thread_bytes_);
+    E* grad = own_piece(grad_, thread, thread_bytes_);
+    Number* scores = own_piece(scores_, thread, thread_bytes_);
+    Number* d_weights = own_piece(d_weights_, thread, thread_bytes_);
+    Number* d_query = own_piece(d_query_, thread, thread_bytes_);
     const std::int64_t padded = rounded_up(rows, kRowStep);
-    const Part<T> queries = part(call.query, item, row, 0), grads = part(call.grad, item, row, 0);
+    const Part<T> queries = part_of<T>(call.query, item, row, 0);
+    const Part<T> grads = part_of<T>(call.grad, item, row, 0);
     pack_channels(queries, rows, p_.depth, query_panels_ + slot * depth_columns_ * superblock_,
                   start);
     pack_channels(grads, rows, p_.value_depth, grad_panels_ + slot * value_columns_ * superblock_,
                   start);
-    multiply<E>(row_factors<E, T>(queries, rows, p_.depth, query), key_panels_ + slot * key_columns_ * depth_, depth_, padded,
-                p_.keys, depth_, scores, key_columns_, false);
-    multiply<E>(row_factors<E, T>(grads, rows, p_.value_depth, grad), value_panels_ + slot * key_columns_ * value_depth_,
+    multiply<E>(row_factors<E, T>(queries, rows, p_.depth, query),
+                key_panels_ + slot * key_columns_ * depth_, depth_, padded, p_.keys, depth_, scores, key_columns_, false);
+    multiply<E>(row_factors<E, T>(grads, rows, p_.value_depth, grad),
+                value_panels_ + slot * key_columns_ * value_depth_,
                 value_depth_, padded, p_.keys, value_depth_, d_weights, key_columns_, false);
     const RowShape<Number> shape(p_.keys);
     for (std::int64_t r = 0; r < padded; ++r) {
@@ -171,8 +165,8 @@ class Backward {
         }
       }
     }
-    multiply<E>(in_rows(d_scores, stride), key_factors_ + slot * depth_columns_ * key_depth_, key_depth_,
-                padded, p_.depth, key_depth_, d_query, depth_columns_, false);
+    multiply<E>(in_rows(d_scores, stride), key_factors_ + slot * depth_columns_ * key_depth_,
+                key_depth_, padded, p_.depth, key_depth_, d_query, depth_columns_, false);
     T* to = static_cast<T*>(call.d_query.data) + item * call.d_query.item + row * call.d_query.row;
     write<T>(d_query, depth_columns_, 1, to, call.d_query.row, call.d_query.channel, rows,
              p_.depth, d_product());
@@ -278,14 +272,9 @@ class Backward {
     return parallel(p_.threads, items * keys, body);
   }
 
-  std::int64_t tall_panels() const { return (p_.keys + kTallPanel - 1) / kTallPanel; }
+  std::int64_t tall_panels() const { return blocks_of(p_.keys, kTallPanel); }
   std::int64_t keys_of(std::int64_t panel) const {
     return smaller_of(kTallPanel, p_.keys - panel * kTallPanel);
-  }
-
-  template <typename N>
-  N* own(N* piece, int thread) {
-    return reinterpret_cast<N*>(reinterpret_cast<char*>(piece) + thread * thread_bytes_);
   }
 
   AttentionProblem p_;

@@ -34,7 +34,7 @@ class Forward {
     const std::int64_t all_bytes = row_bytes + depth_ * sizeof(E) + value_columns_ * sizeof(Number);
     rows_ = rows_of_block(p_.queries, smaller_of(most, free / all_bytes),
                           (kBlocksOfThread * p_.threads + items_ - 1) / items_);
-    blocks_ = (p_.queries + rows_ - 1) / rows_;
+    blocks_ = blocks_of(p_.queries, rows_);
   }
 
   // Where what lies; returns the bytes of it all.
@@ -54,7 +54,8 @@ class Forward {
     lay_out(call.workspace);
     for (std::int64_t first = 0; first < p_.batch; first += items_) {
       const std::int64_t items = smaller_of(items_, p_.batch - first);
-      const std::int64_t key_panels = panels(p_.keys), value_panels = panels(p_.value_depth);
+      const std::int64_t key_panels = blocks_of(p_.keys, kPanel<E>);
+      const std::int64_t value_panels = blocks_of(p_.value_depth, kPanel<E>);
       auto pack = [&](std::int64_t task, int) {
         const std::int64_t item = task / (key_panels + value_panels);
         const std::int64_t panel = task % (key_panels + value_panels);
@@ -75,11 +76,8 @@ class Forward {
   }
 
  private:
-  static std::int64_t panels(std::int64_t columns) { return (columns + kPanel<E> - 1) / kPanel<E>; }
-
   void pack_keys(const Operand& key, std::int64_t item, std::int64_t slot, std::int64_t first) {
-    const Part<T> part{static_cast<const T*>(key.data) + item * key.item + first * key.row,
-                       key.channel, key.row};
+    const Part<T> part = transposed(part_of<T>(key, item, first, 0));
     E* to = key_panels_ + (slot * key_columns_ + first) * depth_;
     const std::int64_t columns = smaller_of(kPanel<E>, p_.keys - first);
     pack_panel<E, T>(part, p_.depth, columns, panel_width<E>(columns), to);
@@ -87,9 +85,7 @@ class Forward {
 
   void pack_values(const Operand& value, std::int64_t item, std::int64_t slot,
                    std::int64_t first) {
-    const Part<T> part{static_cast<const T*>(value.data) + item * value.item +
-                           first * value.channel,
-                       value.row, value.channel};
+    const Part<T> part = part_of<T>(value, item, 0, first);
     E* to = value_panels_ + (slot * value_columns_ + first) * key_depth_;
     const std::int64_t columns = smaller_of(kPanel<E>, p_.value_depth - first);
     pack_panel<E, T>(part, p_.keys, columns, panel_width<E>(columns), to);
@@ -97,16 +93,15 @@ class Forward {
 
   void attend(const AttentionForward& call, std::int64_t item, std::int64_t slot,
               std::int64_t first, int thread) {
-    E* query = own(query_, thread);
-    Number* scores = own(scores_, thread);
-    Number* results = own(results_, thread);
+    E* query = own_piece(query_, thread, thread_bytes_);
+    Number* scores = own_piece(scores_, thread, thread_bytes_);
+    Number* results = own_piece(results_, thread, thread_bytes_);
     const std::int64_t rows = smaller_of(rows_, p_.queries - first);
     const std::int64_t padded = rounded_up(rows, kRowStep);
-    const Part<T> part{static_cast<const T*>(call.query.data) + item * call.query.item +
-                           first * call.query.row,
-                       call.query.row, call.query.channel};
-    multiply<E>(row_factors<E, T>(part, rows, p_.depth, query), key_panels_ + slot * key_columns_ * depth_, depth_, padded,
-                p_.keys, depth_, scores, key_columns_, false);
+    const Part<T> part = part_of<T>(call.query, item, first, 0);
+    multiply<E>(row_factors<E, T>(part, rows, p_.depth, query),
+                key_panels_ + slot * key_columns_ * depth_, depth_, padded, p_.keys, depth_, scores,
+                key_columns_, false);
     // Weights take the place of their scores; narrower ones leave the rest of a row unused.
     E* weights = reinterpret_cast<E*>(scores);
     const std::int64_t stride = key_columns_ * std::int64_t{sizeof(Number) / sizeof(E)};
@@ -118,8 +113,8 @@ class Forward {
       stats[0] = statistics.extreme;
       stats[p_.batch * p_.queries] = statistics.total;
     }
-    multiply<E>(in_rows(weights, stride), value_panels_ + slot * value_columns_ * key_depth_, key_depth_,
-                padded, p_.value_depth, key_depth_, results, value_columns_, false);
+    multiply<E>(in_rows(weights, stride), value_panels_ + slot * value_columns_ * key_depth_,
+                key_depth_, padded, p_.value_depth, key_depth_, results, value_columns_, false);
     T* out = static_cast<T*>(call.out.data) + item * call.out.item + first * call.out.row;
     if (p_.affinity == Affinity::kSoftmax) {
       const Number* totals = static_cast<const Number*>(call.stats) +
@@ -142,11 +137,6 @@ class Forward {
     for (std::int64_t c = 0; c < value_columns_; c += kLanes<Number>) {
       store(row + c, load(row + c) / splat<Number>(divisor));
     }
-  }
-
-  template <typename N>
-  N* own(N* piece, int thread) {
-    return reinterpret_cast<N*>(reinterpret_cast<char*>(piece) + thread * thread_bytes_);
   }
 
   AttentionProblem p_;

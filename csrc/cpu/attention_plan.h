@@ -2,7 +2,7 @@
 #ifndef NLK_CPU_ATTENTION_PLAN_H_
 #define NLK_CPU_ATTENTION_PLAN_H_
 
-#include "cpu/product.h"
+#include "cpu/pack.h"
 #include "nlk/attention.h"
 #include "nlk/parallel.h"
 
@@ -62,6 +62,29 @@ class Pieces {
   char* next_;
   char* first_;
 };
+
+// A thread's own copy of a piece, of which the workspace holds one every `bytes`.
+template <typename N>
+NLK_INLINE N* own_piece(N* piece, int thread, std::int64_t bytes) {
+  return reinterpret_cast<N*>(reinterpret_cast<char*>(piece) + thread * bytes);
+}
+
+// Rows and channels of a batch item from a row and a channel on.
+template <typename T>
+NLK_INLINE Part<T> part_of(const Operand& operand, std::int64_t item, std::int64_t row,
+                           std::int64_t channel) {
+  return {static_cast<const T*>(operand.data) + item * operand.item + row * operand.row +
+              channel * operand.channel,
+          operand.row, operand.channel};
+}
+template <typename T>
+NLK_INLINE Part<T> transposed(Part<T> rows) {
+  return {rows.data, rows.column, rows.row};
+}
+
+NLK_INLINE std::int64_t blocks_of(std::int64_t number, std::int64_t size) {
+  return (number + size - 1) / size;
+}
 
 // Rows of a block so that there are at least so many blocks. Few blocks are of equal size, so that
 // threads end together, in whole groups and steps; many are of whole tiles.

@@ -257,31 +257,15 @@ void Stairs<T>::finish(std::int64_t number) {
 }  // namespace
 
 bool concat_forward(const ConcatArguments& arguments) {
-  switch (arguments.dtype) {
-    case Dtype::kFloat64:
-      return Stairs<double>(arguments, false).forward();
-    case Dtype::kFloat32:
-      return Stairs<float>(arguments, false).forward();
-    case Dtype::kBfloat16:
-      return Stairs<Bfloat16>(arguments, false).forward();
-    case Dtype::kFloat16:
-      return Stairs<Float16>(arguments, false).forward();
-  }
-  return true;
+  return with_dtype(arguments.dtype, [&](auto number) {
+    return Stairs<decltype(number)>(arguments, false).forward();
+  });
 }
 
 bool concat_backward(const ConcatArguments& arguments) {
-  switch (arguments.dtype) {
-    case Dtype::kFloat64:
-      return Stairs<double>(arguments, true).backward();
-    case Dtype::kFloat32:
-      return Stairs<float>(arguments, true).backward();
-    case Dtype::kBfloat16:
-      return Stairs<Bfloat16>(arguments, true).backward();
-    case Dtype::kFloat16:
-      return Stairs<Float16>(arguments, true).backward();
-  }
-  return true;
+  return with_dtype(arguments.dtype, [&](auto number) {
+    return Stairs<decltype(number)>(arguments, true).backward();
+  });
 }
 
 }  // namespace NLK_ISA

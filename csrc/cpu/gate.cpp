@@ -349,31 +349,15 @@ class Pool {
 }  // namespace
 
 bool gate_forward(const GateArguments& arguments) {
-  switch (arguments.dtype) {
-    case Dtype::kFloat64:
-      return Pool<double>(arguments, false).forward();
-    case Dtype::kFloat32:
-      return Pool<float>(arguments, false).forward();
-    case Dtype::kBfloat16:
-      return Pool<Bfloat16>(arguments, false).forward();
-    case Dtype::kFloat16:
-      return Pool<Float16>(arguments, false).forward();
-  }
-  return true;
+  return with_dtype(arguments.dtype, [&](auto number) {
+    return Pool<decltype(number)>(arguments, false).forward();
+  });
 }
 
 bool gate_backward(const GateArguments& arguments) {
-  switch (arguments.dtype) {
-    case Dtype::kFloat64:
-      return Pool<double>(arguments, true).backward();
-    case Dtype::kFloat32:
-      return Pool<float>(arguments, true).backward();
-    case Dtype::kBfloat16:
-      return Pool<Bfloat16>(arguments, true).backward();
-    case Dtype::kFloat16:
-      return Pool<Float16>(arguments, true).backward();
-  }
-  return true;
+  return with_dtype(arguments.dtype, [&](auto number) {
+    return Pool<decltype(number)>(arguments, true).backward();
+  });
 }
 
 }  // namespace NLK_ISA

@@ -82,16 +82,13 @@ class Linear {
   }
 
  private:
-  static std::int64_t blocks(std::int64_t number, std::int64_t size) {
-    return (number + size - 1) / size;
-  }
   std::int64_t area() const { return depth_ * value_depth_; }
 
   // sums (D,V) = X^T Y for operands of so many positions, of every item.
   bool sum(const Operand& x, std::int64_t x_channels, const Operand& y, std::int64_t y_channels,
            std::int64_t positions) {
-    const std::int64_t tall = blocks(x_channels, kTallPanel);
-    const std::int64_t wide = blocks(y_channels, kPanel<E>);
+    const std::int64_t tall = blocks_of(x_channels, kTallPanel);
+    const std::int64_t wide = blocks_of(y_channels, kPanel<E>);
     for (std::int64_t from = 0; from < positions; from += chunk_) {
       const std::int64_t count = smaller_of(chunk_, positions - from);
       const std::int64_t depth = rounded_up(count, kGroup<E>);
@@ -99,14 +96,14 @@ class Linear {
         const std::int64_t slot = task / (tall + wide), panel = task % (tall + wide);
         if (panel < tall) {
           const std::int64_t channel = panel * kTallPanel;
-          pack_panel<E, T>(part(x, slot, from, channel), count,
+          pack_panel<E, T>(part_of<T>(x, first_ + slot, from, channel), count,
                            smaller_of(kTallPanel, x_channels - channel), kTallPanel,
                            tall_ + (slot * depth_ + channel) * chunk_);
         } else {
           const std::int64_t channel = (panel - tall) * kPanel<E>;
           const std::int64_t columns = smaller_of(kPanel<E>, y_channels - channel);
-          pack_panel<E, T>(part(y, slot, from, channel), count, columns, panel_width<E>(columns),
-                           wide_ + (slot * value_depth_ + channel) * chunk_);
+          pack_panel<E, T>(part_of<T>(y, first_ + slot, from, channel), count, columns,
+                           panel_width<E>(columns), wide_ + (slot * value_depth_ + channel) * chunk_);
         }
       };
       if (!parallel(p_.threads, count_ * (tall + wide), pack)) return false;
@@ -126,13 +123,14 @@ class Linear {
 
   // The sums, or their transposes, as factors B of so many columns.
   bool pack_state(E* state, std::int64_t columns, std::int64_t depth, bool transpose) {
-    const std::int64_t panels = blocks(columns, kPanel<E>);
+    const std::int64_t panels = blocks_of(columns, kPanel<E>);
     auto body = [&](std::int64_t task, int) {
       const std::int64_t slot = task / panels, column = task % panels * kPanel<E>;
       const std::int64_t width = smaller_of(kPanel<E>, columns - column);
       const std::int64_t row = transpose ? 1 : value_depth_, step = transpose ? value_depth_ : 1;
       pack_panel<E, Number>({sums_ + slot * area() + column * step, row, step}, depth, width,
-                            panel_width<E>(width), state + slot * area() + column * factor_depth(depth));
+                            panel_width<E>(width),
+                            state + slot * area() + column * factor_depth(depth));
     };
     return parallel(p_.threads, count_ * panels, body);
   }
@@ -144,31 +142,20 @@ class Linear {
              std::int64_t columns, std::int64_t positions) {
     const std::int64_t padded_depth = factor_depth(depth), stride = padded_columns<E>(columns);
     const Number factor = static_cast<Number>(p_.scale / static_cast<double>(p_.keys));
-    const std::int64_t tasks = blocks(positions, rows_);
+    const std::int64_t tasks = blocks_of(positions, rows_);
     auto body = [&](std::int64_t task, int thread) {
       const std::int64_t slot = task / tasks, row = task % tasks * rows_;
       const std::int64_t count = smaller_of(rows_, positions - row);
       const std::int64_t padded = rounded_up(count, kRowStep);
-      E* factors = own(factors_, thread);
-      Number* results = own(results_, thread);
-      multiply<E>(row_factors<E, T>(part(rows, slot, row, 0), count, depth, factors), state + slot * area(), padded_depth, padded,
-                  columns, padded_depth, results, stride, false);
+      E* factors = own_piece(factors_, thread, thread_bytes_);
+      Number* results = own_piece(results_, thread, thread_bytes_);
+      const Part<T> part = part_of<T>(rows, first_ + slot, row, 0);
+      multiply<E>(row_factors<E, T>(part, count, depth, factors), state + slot * area(),
+                  padded_depth, padded, columns, padded_depth, results, stride, false);
       T* to = static_cast<T*>(out.data) + (first_ + slot) * out.item + row * out.row;
       write<T>(results, stride, 1, to, out.row, out.channel, count, columns, factor);
     };
     return parallel(p_.threads, count_ * tasks, body);
-  }
-
-  Part<T> part(const Operand& operand, std::int64_t slot, std::int64_t row,
-               std::int64_t channel) const {
-    return {static_cast<const T*>(operand.data) + (first_ + slot) * operand.item +
-                row * operand.row + channel * operand.channel,
-            operand.row, operand.channel};
-  }
-
-  template <typename N>
-  N* own(N* piece, int thread) {
-    return reinterpret_cast<N*>(reinterpret_cast<char*>(piece) + thread * thread_bytes_);
   }
 
   AttentionProblem p_;

@@ -84,32 +84,23 @@ bool backward(const RegionArguments& arguments) {
 
 std::int64_t bytes_of_weight(const RegionArguments& arguments) {
   const std::int64_t* kernel = arguments.kernel;
-  const int bytes = arguments.dtype == Dtype::kFloat64   ? 8
-                    : arguments.dtype == Dtype::kFloat32 ? 4
-                                                         : 2;
+  const std::int64_t bytes =
+      with_dtype(arguments.dtype, [](auto number) { return sizeof(number); });
   return arguments.sizes[1] * kernel[0] * kernel[1] * kernel[2] * bytes;
 }
 
 }  // namespace
 
-#define NLK_FOR_DTYPE(dtype, function)                       \
-  switch (dtype) {                                           \
-    case Dtype::kFloat64: return function<double>(arguments);   \
-    case Dtype::kFloat32: return function<float>(arguments);    \
-    case Dtype::kBfloat16: return function<Bfloat16>(arguments); \
-    case Dtype::kFloat16: return function<Float16>(arguments);  \
-  }
-
 std::int64_t region_workspace(const RegionArguments& arguments) {
   if (is_empty(arguments)) return 0;
-  NLK_FOR_DTYPE(arguments.dtype, workspace)
-  return 0;
+  return with_dtype(arguments.dtype,
+                    [&](auto number) { return workspace<decltype(number)>(arguments); });
 }
 
 bool region_forward(const RegionArguments& arguments) {
   if (is_empty(arguments)) return true;
-  NLK_FOR_DTYPE(arguments.dtype, forward)
-  return true;
+  return with_dtype(arguments.dtype,
+                    [&](auto number) { return forward<decltype(number)>(arguments); });
 }
 
 bool region_backward(const RegionArguments& arguments) {
@@ -117,8 +108,8 @@ bool region_backward(const RegionArguments& arguments) {
     if (arguments.d_weight) std::memset(arguments.d_weight, 0, bytes_of_weight(arguments));
     return true;
   }
-  NLK_FOR_DTYPE(arguments.dtype, backward)
-  return true;
+  return with_dtype(arguments.dtype,
+                    [&](auto number) { return backward<decltype(number)>(arguments); });
 }
 
 }  // namespace NLK_ISA

@@ -71,6 +71,21 @@ struct ComputedAs<double> {
 template <typename T>
 using Computed = typename ComputedAs<T>::Type;
 
+// Calls `with` with a number of the type that a dtype stands for.
+template <typename With>
+NLK_INLINE auto with_dtype(Dtype dtype, With with) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return with(double{});
+    case Dtype::kBfloat16:
+      return with(Bfloat16{});
+    case Dtype::kFloat16:
+      return with(Float16{});
+    default:
+      return with(float{});
+  }
+}
+
 template <typename To, typename From>
 NLK_INLINE To bit_copy(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "bit_copy needs equal sizes");
