@@ -30,13 +30,14 @@ class Backward {
     value_depth_ = rounded_up(p_.value_depth, kGroup<E>);
     key_depth_ = rounded_up(p_.keys, kGroup<E>);
     key_columns_ = padded_columns<E>(p_.keys);
+    score_row_ = packed_stride<Number>(key_columns_);
     depth_columns_ = padded_columns<E>(p_.depth);
     value_columns_ = padded_columns<E>(p_.value_depth);
     key_rows_ = rounded_up(p_.keys, kTallPanel);
     const std::int64_t factor = sizeof(E), number = sizeof(Number);
     const std::int64_t packed = key_columns_ * (depth_ + value_depth_) + depth_columns_ * key_depth_;
     const std::int64_t sums = key_rows_ * (depth_columns_ + value_columns_);
-    const std::int64_t most = smaller_of(kMostRows, kScoreBytes / (key_columns_ * 2 * number));
+    const std::int64_t most = smaller_of(kMostRows, kScoreBytes / (score_row_ * 2 * number));
     const std::int64_t row_bytes = (2 * key_rows_ + depth_columns_ + value_columns_) * factor;
     const std::int64_t least = smaller_of(rounded_up(larger_of(most, 1), kDepth<E>),
                                           rounded_up(p_.queries, kTileRows));
@@ -65,10 +66,10 @@ class Backward {
     d_value_sums_ = pieces.take<Number>(items_ * key_rows_ * value_columns_);
     d_key_sums_ = pieces.take<Number>(items_ * key_rows_ * depth_columns_);
     const std::int64_t shared = pieces.bytes();
-    query_ = pieces.take<E>(rows_ * depth_);
-    grad_ = pieces.take<E>(rows_ * value_depth_);
-    scores_ = pieces.take<Number>(rows_ * key_columns_);
-    d_weights_ = pieces.take<Number>(rows_ * key_columns_);
+    query_ = pieces.take<E>(rows_ * packed_stride<E>(p_.depth));
+    grad_ = pieces.take<E>(rows_ * packed_stride<E>(p_.value_depth));
+    scores_ = pieces.take<Number>(rows_ * score_row_);
+    d_weights_ = pieces.take<Number>(rows_ * score_row_);
     d_query_ = pieces.take<Number>(rows_ * depth_columns_);
     thread_bytes_ = pieces.bytes() - shared;
     return shared + p_.threads * thread_bytes_;
@@ -144,24 +145,25 @@ class Backward {
     pack_channels(grads, rows, p_.value_depth, grad_panels_ + slot * value_columns_ * superblock_,
                   start);
     multiply<E>(row_factors<E, T>(queries, rows, p_.depth, query),
-                key_panels_ + slot * key_columns_ * depth_, depth_, padded, p_.keys, depth_, scores, key_columns_, false);
+                key_panels_ + slot * key_columns_ * depth_, depth_, padded, p_.keys, depth_, scores,
+                score_row_, false);
     multiply<E>(row_factors<E, T>(grads, rows, p_.value_depth, grad),
                 value_panels_ + slot * key_columns_ * value_depth_,
-                value_depth_, padded, p_.keys, value_depth_, d_weights, key_columns_, false);
+                value_depth_, padded, p_.keys, value_depth_, d_weights, score_row_, false);
     const RowShape<Number> shape(p_.keys);
     for (std::int64_t r = 0; r < padded; ++r) {
-      differentiate_row(scores + r * key_columns_, d_weights + r * key_columns_, shape);
+      differentiate_row(scores + r * score_row_, d_weights + r * score_row_, shape);
     }
     const std::int64_t at = slot * key_rows_ * superblock_;
     to_panels(scores, rows, start, weights_ + at);
     to_panels(d_weights, rows, start, d_scores_ + at);
     // The gradient's rows as factors, in place.
     E* d_scores = reinterpret_cast<E*>(d_weights);
-    const std::int64_t stride = key_columns_ * std::int64_t{sizeof(Number) / sizeof(E)};
+    const std::int64_t stride = score_row_ * std::int64_t{sizeof(Number) / sizeof(E)};
     if (sizeof(E) != sizeof(Number)) {
       for (std::int64_t r = 0; r < padded; ++r) {
         for (std::int64_t k = 0; k < key_columns_; k += kLanes<Number>) {
-          store(d_scores + r * stride + k, load(d_weights + r * key_columns_ + k));
+          store(d_scores + r * stride + k, load(d_weights + r * score_row_ + k));
         }
       }
     }
@@ -172,14 +174,19 @@ class Backward {
              p_.depth, d_product());
   }
 
-  // Channels of rows that begin at `start` in the superblock, as panels of factors B.
+  // Channels of rows that begin at `start` in the superblock, as panels of factors B. A few rows at
+  // a time: each is read from end to end.
   void pack_channels(Part<T> from, std::int64_t rows, std::int64_t channels, E* to,
                      std::int64_t start) {
-    for (std::int64_t c = 0; c < channels; c += kPanelColumns) {
-      const std::int64_t columns = smaller_of(kPanelColumns, channels - c);
-      const std::int64_t width = panel_width<E>(columns);
-      pack_panel<E, T>({from.data + c * from.column, from.row, from.column}, rows, columns, width,
-                       to + c * superblock_ + start * width);
+    constexpr std::int64_t kRows = 8;
+    for (std::int64_t r = 0; r < rows; r += kRows) {
+      for (std::int64_t c = 0; c < channels; c += kPanelColumns) {
+        const std::int64_t columns = smaller_of(kPanelColumns, channels - c);
+        const std::int64_t width = panel_width<E>(columns);
+        const T* data = from.data + r * from.row + c * from.column;
+        pack_panel<E, T>({data, from.row, from.column}, smaller_of(kRows, rows - r), columns, width,
+                         to + c * superblock_ + (start + r) * width);
+      }
     }
   }
 
@@ -223,18 +230,20 @@ class Backward {
   // Keys as tall panels of factors A, from depth `start` of the superblock on.
   void to_panels(const Number* rows, std::int64_t count, std::int64_t start, E* panels) {
     constexpr int lanes = kLanes<Number>;
-    for (std::int64_t k = 0; k < key_columns_; k += lanes) {
-      const std::int64_t first = k / kTallPanel * kTallPanel;
-      E* to = panels + first * superblock_ + (k - first) * kGroup<E>;
-      for (std::int64_t r = 0; r < count; r += kGroup<E>) {
-        const Vector<Number> numbers = load(rows + r * key_columns_ + k);
-        E* at = to + (start + r) * kTallPanel;
-        if constexpr (kGroup<E> == 2) {
-          const Vector<Number> next =
-              r + 1 < count ? load(rows + (r + 1) * key_columns_ + k) : Vector<Number>{};
-          store_pairs(at, narrow_bits(numbers), narrow_bits(next));
-        } else {
-          store(at, numbers);
+    for (std::int64_t first = 0; first < key_columns_; first += kTallPanel) {
+      const std::int64_t end = smaller_of(first + kTallPanel, key_columns_);
+      E* to = panels + first * superblock_ + start * kTallPanel;
+      for (std::int64_t r = 0; r < count; r += kGroup<E>, to += kGroup<E> * kTallPanel) {
+        const Number* row = rows + r * score_row_;
+        for (std::int64_t k = first; k < end; k += lanes) {
+          E* at = to + (k - first) * kGroup<E>;
+          if constexpr (kGroup<E> == 2) {
+            const Vector<Number> next =
+                r + 1 < count ? load(row + score_row_ + k) : Vector<Number>{};
+            store_pairs(at, narrow_bits(load(row + k)), narrow_bits(next));
+          } else {
+            store(at, load(row + k));
+          }
         }
       }
     }
@@ -281,6 +290,7 @@ class Backward {
   std::int64_t depth_, value_depth_, key_depth_;            // padded to groups,
   std::int64_t key_columns_, depth_columns_, value_columns_;  // to panels,
   std::int64_t key_rows_;                                     // to tall panels
+  std::int64_t score_row_;  // stride of a row of scores
   std::int64_t items_, rows_, superblock_, thread_bytes_ = 0;
   E *key_panels_ = nullptr, *value_panels_ = nullptr, *key_factors_ = nullptr;
   E *weights_ = nullptr, *d_scores_ = nullptr;          // factors A of the superblock

@@ -24,14 +24,16 @@ class Forward {
   explicit Forward(const AttentionProblem& problem) : p_(problem) {
     depth_ = rounded_up(p_.depth, kGroup<E>);
     key_columns_ = padded_columns<E>(p_.keys);
+    score_row_ = packed_stride<Number>(key_columns_);
     key_depth_ = rounded_up(p_.keys, kGroup<E>);
     value_columns_ = padded_columns<E>(p_.value_depth);
     item_bytes_ = (key_columns_ * depth_ + value_columns_ * key_depth_) * std::int64_t{sizeof(E)};
     items_ = items_at_a_time(p_, item_bytes_);
-    const std::int64_t row_bytes = key_columns_ * sizeof(Number);
+    const std::int64_t row_bytes = score_row_ * sizeof(Number);
     const std::int64_t most = smaller_of(kMostRows, kScoreBytes / row_bytes);
     const std::int64_t free = (p_.workspace_limit - items_ * item_bytes_) / p_.threads;
-    const std::int64_t all_bytes = row_bytes + depth_ * sizeof(E) + value_columns_ * sizeof(Number);
+    const std::int64_t all_bytes = row_bytes + packed_stride<E>(p_.depth) * sizeof(E) +
+                                   value_columns_ * sizeof(Number);
     rows_ = rows_of_block(p_.queries, smaller_of(most, free / all_bytes),
                           (kBlocksOfThread * p_.threads + items_ - 1) / items_);
     blocks_ = blocks_of(p_.queries, rows_);
@@ -43,8 +45,8 @@ class Forward {
     key_panels_ = pieces.take<E>(items_ * key_columns_ * depth_);
     value_panels_ = pieces.take<E>(items_ * value_columns_ * key_depth_);
     const std::int64_t shared = pieces.bytes();
-    query_ = pieces.take<E>(rows_ * depth_);
-    scores_ = pieces.take<Number>(rows_ * key_columns_);
+    query_ = pieces.take<E>(rows_ * packed_stride<E>(p_.depth));
+    scores_ = pieces.take<Number>(rows_ * score_row_);
     results_ = pieces.take<Number>(rows_ * value_columns_);
     thread_bytes_ = pieces.bytes() - shared;
     return shared + p_.threads * thread_bytes_;
@@ -101,13 +103,13 @@ class Forward {
     const Part<T> part = part_of<T>(call.query, item, first, 0);
     multiply<E>(row_factors<E, T>(part, rows, p_.depth, query),
                 key_panels_ + slot * key_columns_ * depth_, depth_, padded, p_.keys, depth_, scores,
-                key_columns_, false);
+                score_row_, false);
     // Weights take the place of their scores; narrower ones leave the rest of a row unused.
     E* weights = reinterpret_cast<E*>(scores);
-    const std::int64_t stride = key_columns_ * std::int64_t{sizeof(Number) / sizeof(E)};
+    const std::int64_t stride = score_row_ * std::int64_t{sizeof(Number) / sizeof(E)};
     const RowShape<Number> shape(p_.keys);
     for (std::int64_t r = 0; r < padded; ++r) {
-      const auto statistics = weigh(scores + r * key_columns_, weights + r * stride, shape);
+      const auto statistics = weigh(scores + r * score_row_, weights + r * stride, shape);
       if (r >= rows || p_.affinity != Affinity::kSoftmax) continue;
       Number* stats = static_cast<Number*>(call.stats) + item * p_.queries + first + r;
       stats[0] = statistics.extreme;
@@ -140,7 +142,7 @@ class Forward {
   }
 
   AttentionProblem p_;
-  std::int64_t depth_, key_columns_, key_depth_, value_columns_;
+  std::int64_t depth_, key_columns_, score_row_, key_depth_, value_columns_;
   std::int64_t item_bytes_, items_, rows_, blocks_, thread_bytes_ = 0;
   E *key_panels_ = nullptr, *value_panels_ = nullptr, *query_ = nullptr;
   Number *scores_ = nullptr, *results_ = nullptr;

@@ -68,15 +68,28 @@ void pack_rows(Part<T> from, std::int64_t rows, std::int64_t columns, E* to, std
   }
 }
 
-// Rows as factors A: where they lie, or packed at `to`, (padded rows, padded columns).
+// Rows that lie a multiple of this apart, in bytes, push each other out of a first-level cache.
+constexpr std::int64_t kWayBytes = 4096;
+
+// Stride of rows of so many columns that are packed as factors A.
+template <typename E>
+NLK_INLINE std::int64_t packed_stride(std::int64_t columns) {
+  constexpr std::int64_t size = sizeof(E);
+  const std::int64_t stride = rounded_up(columns, kGroup<E>);
+  return stride * size % kWayBytes == 0 ? stride + kLineBytes / size : stride;
+}
+
+// Rows as factors A: where they lie, or packed at `to`, padded rows at the packed stride.
 template <typename E, typename T>
 RowFactors row_factors(Part<T> from, std::int64_t rows, std::int64_t columns, E* to) {
   if constexpr (sizeof(E) == sizeof(T)) {
-    if (from.column == 1 && rows % kRowStep == 0 && columns % kGroup<E> == 0) {
+    const bool whole = rows % kRowStep == 0 && columns % kGroup<E> == 0;
+    const bool apart = from.row * static_cast<std::int64_t>(sizeof(E)) % kWayBytes != 0;
+    if (from.column == 1 && whole && apart) {
       return in_rows(reinterpret_cast<const E*>(from.data), from.row);
     }
   }
-  const std::int64_t stride = rounded_up(columns, kGroup<E>);
+  const std::int64_t stride = packed_stride<E>(columns);
   pack_rows<E, T>(from, rows, columns, to, stride, rounded_up(rows, kRowStep), stride);
   return in_rows(to, stride);
 }
@@ -85,6 +98,28 @@ RowFactors row_factors(Part<T> from, std::int64_t rows, std::int64_t columns, E*
 template <typename E>
 NLK_INLINE std::int64_t panel_width(std::int64_t columns) {
   return columns > kPanel<E> / 2 ? kPanel<E> : kPanel<E> / 2;
+}
+
+// Four groups of the depth, of 32 bits each, of whole fours of columns, whose depth is contiguous.
+template <typename E, typename T>
+NLK_INLINE void transpose_four(const T* from, std::int64_t stride, std::int64_t columns, E* to) {
+  typedef std::uint32_t Four __attribute__((vector_size(16)));
+  constexpr int group = kGroup<E>;
+  for (std::int64_t c = 0; c < columns; c += 4) {
+    Four of_column[4];
+    for (int i = 0; i < 4; ++i) of_column[i] = load_bits<Four>(from + (c + i) * stride);
+    const Four low[2] = {__builtin_shufflevector(of_column[0], of_column[1], 0, 4, 1, 5),
+                         __builtin_shufflevector(of_column[2], of_column[3], 0, 4, 1, 5)};
+    const Four high[2] = {__builtin_shufflevector(of_column[0], of_column[1], 2, 6, 3, 7),
+                          __builtin_shufflevector(of_column[2], of_column[3], 2, 6, 3, 7)};
+    const Four of_depth[4] = {__builtin_shufflevector(low[0], low[1], 0, 1, 4, 5),
+                              __builtin_shufflevector(low[0], low[1], 2, 3, 6, 7),
+                              __builtin_shufflevector(high[0], high[1], 0, 1, 4, 5),
+                              __builtin_shufflevector(high[0], high[1], 2, 3, 6, 7)};
+    for (int i = 0; i < 4; ++i) {
+      std::memcpy(to + (i * columns + c) * group, &of_depth[i], sizeof(Four));
+    }
+  }
 }
 
 // Rows of `from` as depth of a panel of `width` columns: for every group of rows, the group's
@@ -105,6 +140,12 @@ void pack_panel(Part<T> from, std::int64_t depth, std::int64_t columns, std::int
           store(row + v, load(at));
         }
       }
+      continue;
+    }
+    if (from.row == 1 && k + 4 * group <= depth && columns == width && group * sizeof(T) == 4 &&
+        sizeof(T) == sizeof(E)) {
+      transpose_four<E, T>(from.data + k, from.column, columns, row);
+      k += 3 * group;
       continue;
     }
     if (from.row == 1 && present == group && sizeof(T) == sizeof(E)) {

@@ -35,6 +35,7 @@ constexpr int kDepth = 128 * kGroup<E>;
 // in a single chain grows with n, that of short chains with its root. Factors of 16 bits round more.
 template <typename E>
 constexpr int kChain = sizeof(E) == 2 ? kDepth<E> : 64;
+constexpr std::int64_t kLineBytes = 64;  // what a cache fetches at once
 
 NLK_INLINE std::int64_t rounded_up(std::int64_t number, std::int64_t multiple) {
   return (number + multiple - 1) / multiple * multiple;
@@ -91,12 +92,24 @@ NLK_INLINE RowFactors in_tall_panel(const E* data) {
   return {reinterpret_cast<const char*>(data), group, kTallPanel * group};
 }
 
+// What is fetched into the caches while a tile is computed, a line for each group of the depth: the
+// part of a panel that comes next. The processor's own prefetching ends at every page.
+struct Ahead {
+  const char* next;
+  std::int64_t step;
+};
+
 // One tile of C: ROWS rows of VECTORS vectors.
 template <typename E, int ROWS, int VECTORS>
 void multiply_tile(RowFactors a, const E* b, std::int64_t depth, Computed<E>* c,
-                   std::int64_t c_stride, bool add) {
+                   std::int64_t c_stride, bool add, Ahead ahead) {
   typedef Computed<E> Number;
   constexpr int lanes = kLanes<Number>;
+#pragma GCC unroll 12
+  for (int row = 0; row < ROWS; ++row) {
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(c + row * c_stride + v * lanes, 1);
+  }
   const char* rows[ROWS / kRowStep];
 #pragma GCC unroll 4
   for (int triple = 0; triple < ROWS / kRowStep; ++triple) {
@@ -112,6 +125,8 @@ void multiply_tile(RowFactors a, const E* b, std::int64_t depth, Computed<E>* c,
         columns[v] = Group<E>::of_columns(b + v * lanes * kGroup<E>);
       }
       b += VECTORS * lanes * kGroup<E>;
+      __builtin_prefetch(ahead.next);
+      ahead.next += ahead.step;
 #pragma GCC unroll 12
       for (int row = 0; row < ROWS; ++row) {
         const char* at = rows[row / kRowStep] + row % kRowStep * a.row;
@@ -135,20 +150,32 @@ void multiply_tile(RowFactors a, const E* b, std::int64_t depth, Computed<E>* c,
   }
 }
 
+// Tiles of all rows, which pass one part of a panel. `next` is the part that comes after it.
 template <typename E, int VECTORS>
 NLK_INLINE void multiply_rows(RowFactors a, const E* b, std::int64_t rows, std::int64_t depth,
-                              Computed<E>* c, std::int64_t c_stride, bool add) {
+                              Computed<E>* c, std::int64_t c_stride, bool add, const E* next) {
+  constexpr std::int64_t part = VECTORS * kLanes<Computed<E>> * kDepth<E> * std::int64_t{sizeof(E)};
+  constexpr std::int64_t of_tile = kDepth<E> / kGroup<E> * kLineBytes;
+  const Ahead nothing{reinterpret_cast<const char*>(b), 0};
+  Ahead ahead = next ? Ahead{reinterpret_cast<const char*>(next), kLineBytes} : nothing;
+  const char* end = ahead.next + part;
   std::int64_t left = rows;
   for (; left >= kTileRows; left -= kTileRows) {
-    multiply_tile<E, kTileRows, VECTORS>(a, b, depth, c, c_stride, add);
+    multiply_tile<E, kTileRows, VECTORS>(a, b, depth, c, c_stride, add, ahead);
     a.data += kTileRows * a.row;
     c += kTileRows * c_stride;
+    ahead.next += of_tile;
+    if (ahead.next >= end) ahead = nothing;
   }
   if constexpr (kTileRows > 2 * kRowStep) {
-    if (left == 3 * kRowStep) multiply_tile<E, 3 * kRowStep, VECTORS>(a, b, depth, c, c_stride, add);
-    if (left == 2 * kRowStep) multiply_tile<E, 2 * kRowStep, VECTORS>(a, b, depth, c, c_stride, add);
+    if (left == 3 * kRowStep) {
+      multiply_tile<E, 3 * kRowStep, VECTORS>(a, b, depth, c, c_stride, add, ahead);
+    }
+    if (left == 2 * kRowStep) {
+      multiply_tile<E, 2 * kRowStep, VECTORS>(a, b, depth, c, c_stride, add, ahead);
+    }
   }
-  if (left == kRowStep) multiply_tile<E, kRowStep, VECTORS>(a, b, depth, c, c_stride, add);
+  if (left == kRowStep) multiply_tile<E, kRowStep, VECTORS>(a, b, depth, c, c_stride, add, ahead);
 }
 
 // Columns [0, columns) of C. Rows are a multiple of kRowStep, the depth of kGroup. The panels of B
@@ -166,13 +193,14 @@ void multiply(RowFactors a, const E* b, std::int64_t panel_depth, std::int64_t r
     const RowFactors factors{a.data + from / kGroup<E> * a.step, a.row, a.step};
     for (std::int64_t column = 0; column < columns; column += kPanel<E>) {
       const E* panel = b + column * panel_depth;
-      if (columns - column > kPanel<E> / 2) {
-        multiply_rows<E, 2>(factors, panel + from * kPanel<E>, rows, part, c + column, c_stride,
-                            add || from > 0);
-      } else {
-        multiply_rows<E, 1>(factors, panel + from * (kPanel<E> / 2), rows, part, c + column,
-                            c_stride, add || from > 0);
-      }
+      const bool wide = columns - column > kPanel<E> / 2;
+      const bool last = columns - column <= kPanel<E>;
+      const E* next = last ? b + (from + kDepth<E>) * kPanel<E>
+                           : panel + (panel_depth + from) * kPanel<E>;
+      if (last && from + kDepth<E> >= depth) next = nullptr;
+      (wide ? multiply_rows<E, 2> : multiply_rows<E, 1>)(
+          factors, panel + from * (wide ? kPanel<E> : kPanel<E> / 2), rows, part, c + column,
+          c_stride, add || from > 0, next);
     }
   }
 }
