@@ -4,7 +4,8 @@ forward   out = conv3d(x, weight, groups=C), on CPUs with x in channels_last_3d,
           torch's kernel takes a quarter of the time there
 backward  d_x = conv3d(grad, flipped weight), likewise; torch's own takes thirty times the time
           d_weight[:, i] = sum_t conv2d(frame t+i-(kt-1)/2 of x, frame t of grad as its kernel):
-          a depthwise 2-D convolution of C*T channels whose result has kh x kw positions
+          a depthwise 2-D convolution of C*T channels whose result has kh x kw positions; frames of
+          more than 448 positions in strips of rows, as the convolution adds one product after another
 
 16-bit dtypes are computed in float32. The frames of one item are a view where x and grad are
 contiguous in NCDHW and at least float32, and are copied item by item otherwise.
@@ -15,7 +16,8 @@ K = C kt kh kw of the weight:
               + A B X for the result in it, unless that is out, + A X for one item of 16 bits,
               + A K for a copy of weight;
   backward  : the same for grad and d_x, or, if more, 4 A X (5 of 16 bits) for the frames of one
-              item and torch's copies in another order, + 3 A C T kh kw + A K;
+              item and torch's copies in another order, + 3 A C T kh kw + A K; where frames are cut
+              into strips, + A X (1 + (kh - 1) / H);
   float64   : + A B X (kt kh kw + 1) on CPUs, where torch's convolutions unfold x.
 """
 
@@ -23,6 +25,9 @@ import torch
 
 from nlkernels.ops._tiles import accumulator_dtype
 from nlkernels.ops.region.problem import like
+
+# Products that are added in a chain: more, and d_weight is less exact than 3 times torch's own.
+CHAIN = 448
 
 
 def forward(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -67,6 +72,13 @@ def _weight_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) 
 def _add_item(total: torch.Tensor, images: torch.Tensor, kernels: torch.Tensor, frames: int):
     """Add the weight's gradient of one item, from (C*T,H,W) of x and of grad."""
     channels, kt, kh, kw = total.shape
+    height, width = images.shape[1:]
+    strips = -(-height * width // CHAIN)
+    rows = -(-height // strips)
+    # Rows of padding: around the frames of several strips, else left to the convolution.
+    inner = kh // 2 if rows < height else 0
+    if inner:
+        images = torch.nn.functional.pad(images, (0, 0, inner, inner))
     for i in range(kt):
         # Frame n of grad meets frame n + shift of x, whose channel may be the next one's ...
         shift = i - kt // 2
@@ -74,17 +86,19 @@ def _add_item(total: torch.Tensor, images: torch.Tensor, kernels: torch.Tensor, 
             continue
         last = len(images) - abs(shift)
         first = max(shift, 0)
-        pairs = torch.conv2d(
-            images[first : first + last].unsqueeze(0),
-            kernels[first - shift : first - shift + last].unsqueeze(1),
-            padding=(kh // 2, kw // 2),
-            groups=last,
-        )
-        # ... and is then left out: of each channel's T, the first T - |shift| belong to it.
-        own = pairs.as_strided(
-            (channels, frames - abs(shift), kh, kw), (frames * kh * kw, kh * kw, kw, 1)
-        )
-        total[:, i] += own.sum(dim=1)
+        for row in range(0, height, rows):
+            end = min(row + rows, height)
+            pairs = torch.conv2d(
+                images[first : first + last, row : end + 2 * inner].unsqueeze(0),
+                kernels[first - shift : first - shift + last, row:end].unsqueeze(1),
+                padding=(kh // 2 - inner, kw // 2),
+                groups=last,
+            )
+            # ... and is then left out: of each channel's T, the first T - |shift| belong to it.
+            own = pairs.as_strided(
+                (channels, frames - abs(shift), kh, kw), (frames * kh * kw, kh * kw, kw, 1)
+            )
+            total[:, i] += own.sum(dim=1)
 
 
 def _frames(item: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
