@@ -160,6 +160,8 @@ def preference(op: str, problem: Any, direction: str = "forward") -> list[tuple[
         fits = problem.dtype_name in row["dtypes"] and row.get("pass", single) == single
         if fits and "scores_up_to" in row:
             fits = problem.queries * problem.keys <= row["scores_up_to"]
+        if fits and "depth_from" in row:
+            fits = problem.depth >= row["depth_from"]
         if fits and "deterministic" in row:
             fits = row["deterministic"] == repeatable
         if fits:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from nlkernels._spec import Problem
+from nlkernels.ops import _footprint_cpp as cpp
 from nlkernels.ops._tiles import (
     MIB,
     STAGED_ROWS,
@@ -156,6 +157,16 @@ def _dot_product_chunked_forward(problem: Problem) -> int:
 def _dot_product_chunked_backward(problem: Problem) -> int:
     linear, quadratic = dot_product.backward_flops(*problem[:5])
     return _states(problem, 2) if linear <= quadratic else _relu_chunked_backward(problem)
+
+
+def _dot_product_cpp_forward(problem: Problem) -> int:
+    linear, quadratic = dot_product.flops(*problem[:5])
+    return (cpp.linear_forward if linear <= quadratic else cpp.forward)(problem)
+
+
+def _dot_product_cpp_backward(problem: Problem) -> int:
+    linear, quadratic = dot_product.backward_flops(*problem[:5])
+    return (cpp.linear_backward if linear <= quadratic else cpp.backward)(problem)
 
 
 def _states(problem: Problem, matrices: int) -> int:
@@ -329,11 +340,14 @@ def _split_parts(problem: Problem) -> int:
 
 _FORMULAS: dict[tuple[str, str], tuple[Callable[[Problem], int], Callable[[Problem], int]]] = {
     ("softmax", "chunked"): (_softmax_chunked_forward, _softmax_chunked_backward),
+    ("softmax", "cpp"): (cpp.forward, cpp.backward),
     ("softmax", "sdpa"): (_sdpa_forward, _sdpa_backward),
     ("softmax", "triton"): (_softmax_triton_forward, _softmax_triton_backward),
     ("relu", "triton"): (_quadratic_triton_forward, _quadratic_triton_backward),
+    ("relu", "cpp"): (cpp.forward, cpp.backward),
     ("relu", "chunked"): (_relu_chunked_forward, _relu_chunked_backward),
     ("dot_product", "chunked"): (_dot_product_chunked_forward, _dot_product_chunked_backward),
+    ("dot_product", "cpp"): (_dot_product_cpp_forward, _dot_product_cpp_backward),
     ("dot_product", "triton"): (_quadratic_triton_forward, _quadratic_triton_backward),
     ("concat", "triton"): (_concat_triton_forward, _concat_triton_backward),
     ("concat", "cpp"): (_concat_cpp_forward, _concat_cpp_backward),

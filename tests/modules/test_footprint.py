@@ -12,6 +12,7 @@ from nlkernels._spec import Problem
 from nlkernels.modules import NonLocalBlock1d, NonLocalBlock2d, NonLocalBlock3d
 from nlkernels.ops import _footprint, _tiles
 from tests.helpers import SHORT
+from tests.ops.cpp_attention import needs_compiler
 
 OPERATIONS = ("softmax", "relu", "dot_product", "concat")
 # B, N, M, D, V: several items in a tile, several tiles in an item, fewer keys than channels (where
@@ -114,6 +115,30 @@ def test_sdpa_takes_no_more(dtype, sizes, training):
     extra, problem = measured("softmax", sizes, dtype, "sdpa", training)
     bound = _footprint.bound("softmax", ("sdpa",) * (1 + training), problem)
     assert extra <= bound <= 4 * extra
+
+
+@needs_compiler
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    "sizes",
+    [(4, 640, 320, 64, 64), (1, 2000, 1200, 48, 130), (9, 100, 30, 300, 300), (1, 9000, 40, 8, 8)],
+    ids=sizes_id,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=SHORT.get)
+@pytest.mark.parametrize("op", ["softmax", "relu", "dot_product"])
+def test_cpp_takes_no_more_and_at_least_half(op, dtype, sizes, training):
+    extra, problem = measured(op, sizes, dtype, "cpp", training)
+    bound = _footprint.bound(op, ("cpp",) * (1 + training), problem)
+    assert extra <= bound <= 2 * extra + 2**18
+
+
+@needs_compiler
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=SHORT.get)
+def test_cpp_takes_no_more_and_at_least_a_quarter_of_16_bits(dtype, training):
+    # Factors of bfloat16 take half of the bound where the CPU multiplies pairs.
+    extra, problem = measured("softmax", (4, 640, 320, 64, 64), dtype, "cpp", training)
+    assert extra <= _footprint.bound("softmax", ("cpp",) * (1 + training), problem) <= 4 * extra
 
 
 @pytest.mark.parametrize("op", OPERATIONS)

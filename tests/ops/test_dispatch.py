@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import nlkernels
-from nlkernels import _device, _operations, _select, explain, nonlocal_attention
+from nlkernels import _device, _ext, _operations, _select, explain, nonlocal_attention
 from nlkernels._spec import Problem
-from nlkernels.ops.softmax import chunked, sdpa
-from tests.helpers import Case, operands
+from nlkernels.ops.softmax import chunked, cpp, sdpa
+from tests.helpers import SHORT, Case, operands
+from tests.ops.cpp_attention import needs_compiler
 
 
 def chosen(kind="softmax", dtype=torch.float32, **sizes):
@@ -28,7 +29,29 @@ def test_explain_gives_a_reason_for_every_backend():
         assert f"-> {explanation.backend}" in text and "N=64 M=64 D=8" in text
 
 
-def test_table_decides_on_a_cpu():
+@pytest.fixture
+def no_compiler(monkeypatch):
+    monkeypatch.setattr(_ext, "missing", lambda: "no C++ compiler")
+
+
+@needs_compiler
+def test_cpp_is_first_on_a_cpu_where_it_can_be_had():
+    for dtype in SHORT:
+        for kind in ("softmax", "relu"):
+            for size in (16, 64):
+                explanation = chosen(kind, dtype, queries=size, keys=size)
+                assert explanation.backend == "cpp" and "the backward" not in str(explanation)
+    for dtype, narrow, wide in (
+        (torch.float16, "cpp", "cpp"),
+        (torch.bfloat16, "chunked", "chunked"),
+        (torch.float32, "chunked", "cpp"),
+        (torch.float64, "chunked", "cpp"),
+    ):
+        assert chosen("dot_product", dtype, depth=127).backend == narrow
+        assert chosen("dot_product", dtype, depth=128).backend == wide
+
+
+def test_table_decides_on_a_cpu_without_a_compiler(no_compiler):
     assert chosen(dtype=torch.float32).backend == "sdpa"
     assert chosen(dtype=torch.bfloat16).backend == "chunked"
     assert chosen(dtype=torch.bfloat16, queries=16, keys=16).backend == "sdpa"
@@ -36,9 +59,11 @@ def test_table_decides_on_a_cpu():
     assert chosen(dtype=torch.float64).backend == "chunked"
     assert "the backward runs in chunked" in chosen(dtype=torch.float32).reasons["sdpa"]
     assert "the backward" not in str(chosen(dtype=torch.bfloat16))
+    assert "no C++ compiler" in chosen(dtype=torch.float32).reasons["cpp"]
+    assert {chosen(kind).backend for kind in ("relu", "dot_product")} == {"chunked"}
 
 
-def test_sdpa_is_left_where_torch_would_materialise():
+def test_sdpa_is_left_where_torch_would_materialise(no_compiler):
     explanation = chosen(value_depth=16)
     assert explanation.backend == "chunked" and "D == V" in explanation.reasons["sdpa"]
 
@@ -67,9 +92,15 @@ def test_gpu_rules_of_sdpa_are_checked_before_torch_is_called():
     assert "mps" in sdpa.unsupported(problem._replace(device="mps"))[0]
 
 
-def test_auto_runs_what_explain_names(monkeypatch):
+BACKENDS = {"chunked": chunked, "cpp": cpp, "sdpa": sdpa}
+
+
+@pytest.mark.parametrize("compiler", [pytest.param(True, marks=needs_compiler), False])
+def test_auto_runs_what_explain_names(compiler, monkeypatch, request):
+    if not compiler:
+        request.getfixturevalue("no_compiler")
     ran = []
-    for name, module in (("chunked", chunked), ("sdpa", sdpa)):
+    for name, module in BACKENDS.items():
         for direction in ("forward", "backward"):
             original = getattr(module, direction)
             monkeypatch.setattr(
@@ -82,7 +113,8 @@ def test_auto_runs_what_explain_names(monkeypatch):
         ran.clear()
         nonlocal_attention(*tensors).sum().backward()
         forward = explain("nonlocal_attention", *tensors).backend
-        assert ran == [f"{forward} forward", "chunked backward"]
+        backward = "cpp" if compiler else "chunked"
+        assert ran == [f"{forward} forward", f"{backward} backward"]
 
 
 def test_environment_names_the_backend_unless_the_call_does(monkeypatch):
@@ -199,11 +231,14 @@ def test_a_choice_for_a_gpu_can_be_traced():
         assert torch.equal(compiled(*tensors), tensors[0] * len("sdpa"))
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked", "sdpa", "auto"])
+@pytest.mark.parametrize(
+    "backend",
+    ["reference", "chunked", "sdpa", pytest.param("cpp", marks=needs_compiler), "auto"],
+)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
 def test_block_runs_and_explains_every_backend(backend, layout, monkeypatch):
     ran = []
-    for name, module in (("chunked", chunked), ("sdpa", sdpa)):
+    for name, module in BACKENDS.items():
         forward = module.forward
         monkeypatch.setattr(
             module, "forward", lambda *a, f=forward, n=name: (ran.append(n), f(*a))[1]
@@ -216,4 +251,5 @@ def test_block_runs_and_explains_every_backend(backend, layout, monkeypatch):
     torch.testing.assert_close(block(x), expected)
     named = block.explain(x).backend
     assert ran == ([] if named == "reference" else [named])
-    assert named == ("sdpa" if backend == "auto" else backend)
+    fastest = "sdpa" if _ext.missing() else "cpp"
+    assert named == (fastest if backend == "auto" else backend)

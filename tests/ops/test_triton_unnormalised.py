@@ -82,4 +82,4 @@ def test_what_is_not_served_is_refused_with_the_reason():
         nonlocal_attention(*tensors, kind="dot_product", backend="triton")
     short = Problem(1, 30, 20, 64, 64, torch.float32, "cpu")
     assert dot_product.supports("triton", short) == []
-    assert explain("nonlocal_attention", *tensors, kind="relu").backend == "chunked"
+    assert explain("nonlocal_attention", *tensors, kind="relu").backend in ("cpp", "chunked")

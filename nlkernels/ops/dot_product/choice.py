@@ -1,6 +1,27 @@
-"""Which backend `auto` prefers; where it says nothing, `chunked` runs."""
+"""Which backend `auto` prefers, as measured."""
 
+CPU = "measured on AVX-512-BF16, 2 cores"
 TABLE = {
+    "cpu": (
+        {
+            "dtypes": ("float16",),
+            "order": ("cpp", "chunked"),
+            "because": "computed in float32, without copies of the operands: 0.9 to 2.1 times as "
+            f"fast as chunked ({CPU})",
+        },
+        {
+            "dtypes": ("float32", "float64"),
+            "depth_from": 128,
+            "order": ("cpp", "chunked"),
+            "because": f"1.0 to 1.8 times as fast as chunked, less where D < 128 ({CPU})",
+        },
+        {
+            "dtypes": ("bfloat16", "float32", "float64"),
+            "order": ("chunked", "cpp"),
+            "because": "the library's matrix products in the order that costs fewer FLOPs are "
+            f"level or ahead ({CPU})",
+        },
+    ),
     "cuda": (
         {
             "dtypes": ("float16", "bfloat16", "float32", "float64"),
