@@ -1,8 +1,8 @@
 """Writes the benchmark table of the README from committed result files.
 
 `python -m benchmarks.readme_table` replaces what stands between the two marker lines; `--check`
-changes nothing and exits with 1 if the README differs. Per device the newest file that measured the
-acceptance case of softmax is shown, with the other kinds that it measured.
+changes nothing and exits with 1 if the README differs. Of CPUs and of GPUs the newest file that measured
+the acceptance case of softmax is shown, with the other kinds that it measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PEERS = (*SDPA, "two_bmm", "tiled", "compiled", "flex", "ffpa", "ffpa_tma")
 
 
 def table(results: Path = RESULTS) -> str:
-    """The README's table in Markdown, one per device.
+    """The README's table in Markdown, one for CPUs and one for GPUs.
 
     Raises:
         ValueError: No result file measured the acceptance case, or one was cut short or taken
@@ -43,22 +43,21 @@ def table(results: Path = RESULTS) -> str:
 
 
 def _newest(results: Path) -> list[tuple[Path, Mapping[str, Any]]]:
-    chosen = []
-    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        # Files are named by date, so that the last name is the newest.
-        for path in sorted(folder.glob("*.json"), reverse=True):
-            report = load(path)
-            if all(kind != KINDS[0] for kind, _, _ in problems(report, CASE)):
-                continue
-            if not report["complete"] or report["tests"]["outcome"] != "passed":
-                raise ValueError(
-                    f"{path}: expected a complete run with passing tests, got "
-                    f"complete={report['complete']}, tests {report['tests']['outcome']}; "
-                    "run it with --tests tests/ops"
-                )
-            chosen.append((path, report))
-            break
-    return chosen
+    """The newest file of any CPU, and that of any GPU."""
+    chosen = {}
+    # Files are named by date: the last of a name wins, whatever its device's folder is called.
+    for path in sorted(results.glob("*/*.json"), key=lambda path: (path.name, path.parent.name)):
+        report = load(path)
+        if any(kind == KINDS[0] for kind, _, _ in problems(report, CASE)):
+            chosen["gpu" if report["environment"]["gpu"] else "cpu"] = path, report
+    for path, report in chosen.values():
+        if not report["complete"] or report["tests"]["outcome"] != "passed":
+            raise ValueError(
+                f"{path}: expected a complete run with passing tests, got "
+                f"complete={report['complete']}, tests {report['tests']['outcome']}; "
+                "run it with --tests tests/ops"
+            )
+    return list(chosen.values())
 
 
 def _device_table(path: Path, report: Mapping[str, Any]) -> str:

@@ -28,6 +28,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure() -> None:
+    """Tests that run side by side, and what they start, share the processors."""
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+        count = max(1, torch.get_num_threads() // workers)
+        torch.set_num_threads(count)
+        os.environ.setdefault("OMP_NUM_THREADS", str(count))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
         asked = metafunc.config.getoption("--device")

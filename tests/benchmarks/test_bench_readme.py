@@ -122,6 +122,23 @@ def test_newest_file_counts(folder: Path, report: dict) -> None:
     assert "2026-01-02" not in text
 
 
+def test_one_table_for_all_cpus_and_one_for_gpus(folder: Path, report: dict) -> None:
+    def add(slug: str, date: str, **environment: object) -> None:
+        named = report["environment"] | {"cpu_model": slug} | environment
+        path = folder / slug / f"{date}.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(report | {"environment": named}))
+
+    add("cpu-a", "2026-01-01")
+    add("cpu-z", "2026-01-03")
+    add("cpu-b", "2025-12-31")
+    assert "cpu-z, 2 threads" in readme_table.table(folder)
+    assert readme_table.table(folder).count("Ratios of median times") == 1
+    add("gpu", "2025-01-01", gpu={"name": "Example GPU"})
+    text = readme_table.table(folder)
+    assert text.count("Ratios of median times") == 2 and "Example GPU" in text
+
+
 @pytest.mark.parametrize(
     "damage",
     [

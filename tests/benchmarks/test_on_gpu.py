@@ -18,7 +18,8 @@ pytest_plugins = ["pytester"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHON": sys.executable}
+    # Into a cache of their own: stages would compile for half a minute each.
+    environment = os.environ | {"PYTHON": sys.executable, "NLKERNELS_JIT": "0"}
     return subprocess.run(
         ["bash", SCRIPT, *arguments], capture_output=True, text=True, timeout=120, env=environment
     )
