@@ -1,8 +1,8 @@
 """Writes the benchmark table of the README from committed result files.
 
 `python -m benchmarks.readme_table` replaces what stands between the two marker lines; `--check`
-changes nothing and exits with 1 if the README differs. Of CPUs and of GPUs the newest file that measured
-the acceptance case of softmax is shown, with the other kinds that it measured.
+changes nothing and exits with 1 if the README differs. Of CPUs and of GPUs the newest file that
+measured the acceptance case of softmax is shown, with the other kinds that it measured.
 """
 
 from __future__ import annotations

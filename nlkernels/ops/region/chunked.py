@@ -5,7 +5,7 @@ forward   out = conv3d(x, weight, groups=C), on CPUs with x in channels_last_3d,
 backward  d_x = conv3d(grad, flipped weight), likewise; torch's own takes thirty times the time
           d_weight[:, i] = sum_t conv2d(frame t+i-(kt-1)/2 of x, frame t of grad as its kernel):
           a depthwise 2-D convolution of C*T channels whose result has kh x kw positions; frames of
-          more than 448 positions in strips of rows, as the convolution adds one product after another
+          more than 448 positions in strips, as a convolution adds one product after another
 
 16-bit dtypes are computed in float32. The frames of one item are a view where x and grad are
 contiguous in NCDHW and at least float32, and are copied item by item otherwise.

@@ -1,7 +1,7 @@
 """Which backend `auto` prefers, as measured: for each device, the first row that fits decides.
 
-A row fits by dtype, and where it names them by pass, by the largest N*M and the least D. Plain data, so that
-torch.compile can trace a choice.
+A row fits by dtype, and where it names them by pass, by the largest N*M and the least D. Plain
+data, so that torch.compile can trace a choice.
 """
 
 CPU = "measured on AVX-512-BF16, 2 cores"
