@@ -228,6 +228,31 @@ def test_line_that_does_not_hold(report: dict, damage, text: str) -> None:
     assert text in failing
 
 
+def test_16_bits_are_promised_where_the_library_multiplies_them_fast(report: dict) -> None:
+    def lines(rate: float) -> list[tuple[str, str]]:
+        report["settings"]["gemm_tflops"] = {"float32": 0.2, "bfloat16": 0.2 * rate}
+        return [(line.dtype, line.text) for line, *_ in acceptance.verdicts(report)]
+
+    fast, slow = lines(4.1), lines(3.9)
+    assert ("bfloat16", "chunked over SDPA") in fast and fast != slow
+    assert set(fast) - set(slow) == {
+        ("bfloat16", "chunked over SDPA"),
+        ("bfloat16", "chunked over naive"),
+    }
+
+
+def test_auto_is_as_fast_as_what_it_leaves(report: dict) -> None:
+    def holds() -> set[bool]:
+        found = acceptance.verdicts(report)
+        return {holds for line, _, holds in found if line.text == "auto over chunked and SDPA"}
+
+    assert holds() == {True}
+    for found in report["rows"]:
+        if found["provider"] == "sdpa_flash":
+            found["time_ms"]["p50"] = 0.94 * 150.0
+    assert holds() == {False}
+
+
 def test_acceptance_exit_codes(
     folder: Path, report: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
