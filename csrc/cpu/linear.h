@@ -44,7 +44,9 @@ class Linear {
     if (backward) other_state_ = pieces.take<E>(area);
     const std::int64_t shared = pieces.bytes();
     const std::int64_t widest = larger_of(depth_, value_depth_);
-    factors_ = pieces.take<E>(rows_ * packed_stride<E>(widest));
+    // Strides do not grow with depths everywhere: either may be the wider.
+    factors_ = pieces.take<E>(rows_ * larger_of(packed_stride<E>(p_.depth),
+                                                packed_stride<E>(p_.value_depth)));
     results_ = pieces.take<Number>(rows_ * widest);
     thread_bytes_ = pieces.bytes() - shared;
     return shared + p_.threads * thread_bytes_;

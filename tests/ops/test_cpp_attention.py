@@ -113,6 +113,18 @@ def test_no_keys_are_zeros_and_refused_by_softmax():
 
 
 @dtypes
+@ways
+@pytest.mark.parametrize(
+    "case",
+    [Case(1, 200, 196, 2048, 16), Case(1, 200, 196, 16, 2048), Case(1, 75, 2048, 24, 20)],
+    ids=str,
+)
+def test_rows_that_would_lie_whole_ways_of_a_cache_apart(case, way, dtype):
+    tensors, scale = made(case, dtype), scale_of(way, case.depth)
+    judge(run(way, tensors, scale), way, tensors, scale)
+
+
+@dtypes
 @pytest.mark.parametrize("layout", staged.LAYOUTS)
 @ways
 def test_strides_change_no_bit(way, layout, dtype):

@@ -34,6 +34,12 @@ CASES = [
     Case(1, 127, 31, 40, 257),
     Case(1, 65, 1037, 16, 80),
     Case(1, 300, 49, 513, 33),
+    # Rows that would lie whole ways of a cache apart, of operands and of scores; strides that do
+    # not grow with the depth.
+    Case(1, 200, 196, 2048, 16),
+    Case(1, 200, 196, 16, 2048),
+    Case(1, 197, 96, 2064, 1024),
+    Case(1, 75, 2048, 24, 20),
 ]
 
 
