@@ -32,6 +32,7 @@ _KERNEL_FLAGS = {
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
     "avx512_bf16": {"avx512_bf16"},
 }
+ISAS = ("portable", *_KERNEL_FLAGS)
 
 
 class BuildError(RuntimeError):
@@ -181,7 +182,12 @@ def build(recipe: Recipe, folder: Path, module: str, jobs: int) -> None:
         compiler = f"{shlex.join(recipe.compiler.command)} ({recipe.compiler.version})"
         shown = shown or "no word (is the disk full?)"
         raise BuildError(f"expected {compiler} to compile {recipe.sources.folder}, got:\n{shown}")
-    shutil.rmtree(folder / _OBJECTS)
+    if not (folder / module).is_file():
+        command = shlex.join(recipe.compiler.command)
+        raise BuildError(
+            f"expected {command} to write {module}, got nothing; set CXX to a compiler"
+        )
+    shutil.rmtree(folder / _OBJECTS, ignore_errors=True)
 
 
 def compile_commands(recipe: Recipe, folder: Path) -> str:

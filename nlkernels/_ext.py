@@ -94,6 +94,11 @@ def isa() -> int:
     return module.isas[asked] if asked else module.best_isa()
 
 
+def isa_name() -> str:
+    """Name of the instruction set that kernels are to use; loads nothing."""
+    return _env.read("NLKERNELS_CPU_ISA") or _build.host_isa(_build.ISAS)
+
+
 @functools.cache
 def openmp_runtime() -> str:
     """File of GCC's runtime of OpenMP in this process, "" where torch brought none or another."""

@@ -154,7 +154,7 @@ def preference(op: str, problem: Any, direction: str = "forward") -> list[tuple[
     if row is not None:
         # Torch's kernels need not repeat bitwise.
         order = [b for b in row["order"] if not (b == "sdpa" and repeatable)]
-        return [(backend, row["because"]) for backend in order]
+        return _with_reasons(order, row["because"])
     single = "forward" if direction == "training" else direction
     for row in OPERATIONS[op].table.get(problem.device, ()):
         fits = problem.dtype_name in row["dtypes"] and row.get("pass", single) == single
@@ -162,11 +162,23 @@ def preference(op: str, problem: Any, direction: str = "forward") -> list[tuple[
             fits = problem.queries * problem.keys <= row["scores_up_to"]
         if fits and "depth_from" in row:
             fits = problem.depth >= row["depth_from"]
+        if fits and "isas" in row:
+            # Nothing is traced on CPUs, whose operators are opaque.
+            fits = not torch.compiler.is_compiling() and _ext.isa_name() in row["isas"]
         if fits and "deterministic" in row:
             fits = row["deterministic"] == repeatable
         if fits:
-            return [(backend, row["because"]) for backend in row["order"]]
+            return _with_reasons(row["order"], row["because"])
     return [("chunked", "serves every device; nothing was measured on this one")]
+
+
+def _with_reasons(order: Collection[str], because: str) -> list[tuple[str, str]]:
+    """The measurement speaks for the first: the others run where those before them cannot."""
+    found, before = [], ""
+    for backend in order:
+        found.append((backend, f"next after {before} ({because})" if before else because))
+        before = before or backend
+    return found
 
 
 def measured(op: str, problem: Any, direction: str) -> Mapping[str, Any] | None:
@@ -243,9 +255,10 @@ def explain(op: str, problem: Any, requested: str) -> Explanation:
         elif backend == "reference":
             reasons[backend] = f"{operation.drawback}; runs only when asked for"
         elif backend in order:
-            # An order that nobody measured says so.
             because = order.get(chosen, "nothing before it serves this problem")
-            behind = "comes after" if "unverified" in because else "slower than"
+            # An order that nobody measured says so.
+            measured_so = chosen == next(iter(order)) and "unverified" not in because
+            behind = "slower than" if measured_so else "comes after"
             reasons[backend] = f"{behind} {chosen}: {because}"
         else:
             reasons[backend] = f"not measured to be faster than {chosen} here"

@@ -1,5 +1,7 @@
 """Which backend runs, and what is said about the others."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -34,27 +36,59 @@ def no_compiler(monkeypatch):
     monkeypatch.setattr(_ext, "missing", lambda: "no C++ compiler")
 
 
+@pytest.fixture
+def wide(monkeypatch):
+    """As on a CPU whose instruction set the C++ kernels were measured with."""
+    monkeypatch.setattr(_ext, "isa_name", lambda: "avx512_bf16")
+
+
 @needs_compiler
-def test_cpp_is_first_on_a_cpu_where_it_can_be_had():
+def test_cpp_is_first_on_a_cpu_where_it_was_measured(wide):
     for dtype in SHORT:
         for kind in ("softmax", "relu"):
             for size in (16, 64):
                 explanation = chosen(kind, dtype, queries=size, keys=size)
                 assert explanation.backend == "cpp" and "the backward" not in str(explanation)
-    for dtype, narrow, wide in (
+                assert explanation.reasons["chunked"].startswith("slower than cpp: ")
+    for dtype, narrow, wide_depth in (
         (torch.float16, "cpp", "cpp"),
         (torch.bfloat16, "chunked", "chunked"),
         (torch.float32, "chunked", "cpp"),
         (torch.float64, "chunked", "cpp"),
     ):
         assert chosen("dot_product", dtype, depth=127).backend == narrow
-        assert chosen("dot_product", dtype, depth=128).backend == wide
+        assert chosen("dot_product", dtype, depth=128).backend == wide_depth
 
 
-def test_table_decides_on_a_cpu_without_a_compiler(no_compiler):
+@needs_compiler
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_cpp_is_not_first_with_narrow_vectors_or_without_pairs(isa, monkeypatch):
+    monkeypatch.setattr(_ext, "isa_name", lambda: isa)
+    taken = "cpp" if isa == "avx512" else "chunked"
+    for kind in ("softmax", "relu", "dot_product"):
+        assert chosen(kind, torch.bfloat16).backend == "chunked"
+        assert chosen(kind, torch.float64, depth=128).backend == taken
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx512_bf16"])
+def test_reasons_speak_of_the_backend_they_are_given_for(isa, monkeypatch, no_compiler):
+    monkeypatch.setattr(_ext, "isa_name", lambda: isa)
+    for kind, dtype in itertools.product(("softmax", "relu", "dot_product"), SHORT):
+        explanation = chosen(kind, dtype, depth=128, value_depth=128)
+        first = isa == "portable" or (kind, dtype) == ("dot_product", torch.bfloat16)
+        reason = explanation.reasons[explanation.backend]
+        assert reason.startswith("next after cpp (") == (not first), reason
+        if "fast as chunked" in reason:
+            assert reason.startswith("next after cpp (")
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512_bf16"])
+def test_table_decides_on_a_cpu_without_a_compiler(isa, no_compiler, monkeypatch):
+    monkeypatch.setattr(_ext, "isa_name", lambda: isa)
+    few = "sdpa" if isa == "avx2" else "chunked"
     assert chosen(dtype=torch.float32).backend == "sdpa"
     assert chosen(dtype=torch.bfloat16).backend == "chunked"
-    assert chosen(dtype=torch.bfloat16, queries=16, keys=16).backend == "sdpa"
+    assert chosen(dtype=torch.bfloat16, queries=16, keys=16).backend == few
     assert chosen(dtype=torch.float16, queries=16, keys=16).backend == "chunked"
     assert chosen(dtype=torch.float64).backend == "chunked"
     assert "the backward runs in chunked" in chosen(dtype=torch.float32).reasons["sdpa"]
@@ -96,7 +130,7 @@ BACKENDS = {"chunked": chunked, "cpp": cpp, "sdpa": sdpa}
 
 
 @pytest.mark.parametrize("compiler", [pytest.param(True, marks=needs_compiler), False])
-def test_auto_runs_what_explain_names(compiler, monkeypatch, request):
+def test_auto_runs_what_explain_names(compiler, monkeypatch, request, wide):
     if not compiler:
         request.getfixturevalue("no_compiler")
     ran = []
@@ -236,7 +270,7 @@ def test_a_choice_for_a_gpu_can_be_traced():
     ["reference", "chunked", "sdpa", pytest.param("cpp", marks=needs_compiler), "auto"],
 )
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
-def test_block_runs_and_explains_every_backend(backend, layout, monkeypatch):
+def test_block_runs_and_explains_every_backend(backend, layout, monkeypatch, wide):
     ran = []
     for name, module in BACKENDS.items():
         forward = module.forward
