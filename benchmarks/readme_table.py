@@ -45,9 +45,8 @@ def table(results: Path = RESULTS) -> str:
 def _newest(results: Path) -> list[tuple[Path, Mapping[str, Any]]]:
     """The newest file of any CPU, and that of any GPU."""
     chosen = {}
-    # Files are named by date: the last of a name wins, whatever its device's folder is called.
-    for path in sorted(results.glob("*/*.json"), key=lambda path: (path.name, path.parent.name)):
-        report = load(path)
+    reports = [(path, load(path)) for path in sorted(results.glob("*/*.json"))]
+    for path, report in sorted(reports, key=lambda found: found[1]["date"]):
         if any(kind == KINDS[0] for kind, _, _ in problems(report, CASE)):
             chosen["gpu" if report["environment"]["gpu"] else "cpu"] = path, report
     for path, report in chosen.values():

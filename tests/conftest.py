@@ -1,6 +1,8 @@
 """Fixtures of all tests: devices, seeds and poisoned memory."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -28,8 +30,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure() -> None:
-    """Tests that run side by side, and what they start, share the processors."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test is collected: its own cache; its share of the processors.
+
+    Tests neither read nor write what was measured and verified on this machine. The cache's folder
+    `ext` leads to what was compiled before.
+    """
+    cache = Path(tempfile.mkdtemp(prefix="nlkernels-tests-"))
+    config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+    if _can_be_made(COMPILED):
+        (cache / "ext").symlink_to(COMPILED, target_is_directory=True)
+    os.environ["NLKERNELS_CACHE_DIR"] = str(cache)
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
         count = max(1, torch.get_num_threads() // workers)
         torch.set_num_threads(count)
@@ -43,20 +54,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if metafunc.module.__name__.split(".")[-1].startswith("test_triton"):
             present = present[-1:]  # beside a GPU, kernels are compiled, and run nowhere else
         metafunc.parametrize("device", present if asked == "all" else [asked])
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache_folder(tmp_path_factory):
-    """Tests neither read nor write what was measured and verified on this machine.
-
-    The folder's `ext` leads to what was compiled before.
-    """
-    cache = tmp_path_factory.mktemp("cache")
-    if _can_be_made(COMPILED):
-        (cache / "ext").symlink_to(COMPILED, target_is_directory=True)
-    with pytest.MonkeyPatch.context() as context:
-        context.setenv("NLKERNELS_CACHE_DIR", str(cache))
-        yield
 
 
 def _can_be_made(folder: Path) -> bool:

@@ -38,7 +38,7 @@ from nlkernels.ops._tiles import DEFAULT_WORKSPACE_MIB, MIB, accumulator_dtype
 # nlk::Affinity.
 SOFTMAX, RELU, SCORES, LINEAR = range(4)
 # Below, a further thread costs more than it saves: some 20 us of one core's work.
-_PRODUCTS_OF_THREAD = 2**21
+PRODUCTS_OF_THREAD = 2**21
 
 
 def forward(
@@ -91,7 +91,7 @@ def _problem(native, affinity, query, key, value, scale, workspace_mib):
     batch, queries, keys = sizes = (*query.shape[:2], key.shape[1])
     depth, value_depth = query.shape[2], value.shape[2]
     limit = int(min(workspace_mib * MIB, 2**62))
-    worth = 1 + batch * queries * keys * (depth + value_depth) // _PRODUCTS_OF_THREAD
+    worth = 1 + batch * queries * keys * (depth + value_depth) // PRODUCTS_OF_THREAD
     return native.AttentionProblem(
         affinity, _ext.DTYPES[query.dtype], scale, (*sizes, depth, value_depth), limit,
         min(torch.get_num_threads(), worth),

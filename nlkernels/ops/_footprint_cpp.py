@@ -7,6 +7,7 @@ and with factors as wide as sums: the pairs of bfloat16 that some CPUs multiply 
 import torch
 
 from nlkernels._spec import Problem
+from nlkernels.ops._cpp import PRODUCTS_OF_THREAD
 from nlkernels.ops._tiles import DEFAULT_WORKSPACE_MIB, MIB, accumulator_dtype
 
 # product.h and attention_plan.h.
@@ -25,24 +26,30 @@ def forward(problem: Problem) -> int:
     rows = _rows(problem, scores)
     own = rows * (scores + wide * (depth + value_depth) + LINE)
     statistics = 2 * problem.batch * problem.queries * wide
-    return _items(problem, item) * item + torch.get_num_threads() * own + statistics + 16 * LINE
+    return _of_items(problem, item, item) + threads(problem) * own + statistics + 16 * LINE
 
 
 def backward(problem: Problem) -> int:
     """Packed operands and sums of some items; factors of a superblock; each thread's rows."""
     wide, keys, depth, value_depth = _padded(problem)
-    threads, wider = torch.get_num_threads(), depth + value_depth
+    wider = depth + value_depth
     scores = 2 * (wide * keys + LINE)
     rows = _rows(problem, scores)
     factors = wide * (2 * keys + wider)
     item = wide * keys * (2 * depth + value_depth + wider)
-    items = _items(problem, item + factors * min(DEPTH, problem.queries))
+    # At most so many items are taken at a time: of the fewest bytes that one can have.
+    narrow = problem.dtype.itemsize
+    fewest = narrow * problem.keys * (2 * problem.depth + problem.value_depth) + wide * (
+        problem.keys * (problem.depth + problem.value_depth)
+    )
+    items = max(1, min(problem.batch, _most_bytes() // fewest))
     # Of all items: rows that fit, or two blocks a thread, in whole parts of a product's depth.
-    several = max(FACTOR_BYTES // factors, (2 * threads + items) * rows) + items * DEPTH
+    several = max(FACTOR_BYTES // factors, (2 * threads(problem) + items) * rows) + items * DEPTH
     several = min(several, items * (problem.queries + rows))
     own = rows * (scores + wide * (wider + depth) + 2 * LINE)
     statistics = 4 * problem.batch * problem.queries * wide
-    return items * item + several * factors + threads * own + statistics + 16 * LINE
+    shared = _of_items(problem, item, item) + several * factors
+    return shared + threads(problem) * own + statistics + 16 * LINE
 
 
 def linear_forward(problem: Problem) -> int:
@@ -62,10 +69,17 @@ def _linear(problem: Problem, states: int) -> int:
     positions = max(problem.queries, problem.keys)
     chunk = min(positions, max(LINEAR_ROWS, LINEAR_BYTES // row)) + 1
     state = wide * depth * value_depth
-    items = _items(problem, 2 * state + row * chunk)
-    shared = items * (2 * wide * widest * chunk + states * state)
+    packed = 2 * wide * widest * chunk + states * state
+    shared = _of_items(problem, packed, 2 * state + row * chunk)
     own = min(LINEAR_ROWS, positions + TILE_ROWS) * (2 * wide * widest + LINE)
-    return shared + torch.get_num_threads() * own + 16 * LINE
+    return shared + threads(problem) * own + 16 * LINE
+
+
+def threads(problem: Problem) -> int:
+    """Threads that a call takes, which small ones do not need."""
+    scores = problem.batch * problem.queries * problem.keys
+    worth = 1 + scores * (problem.depth + problem.value_depth) // PRODUCTS_OF_THREAD
+    return min(torch.get_num_threads(), worth)
 
 
 def _padded(problem: Problem) -> tuple[int, int, int, int]:
@@ -81,10 +95,13 @@ def _rows(problem: Problem, bytes_of_row: int) -> int:
     return min(most, _up(problem.queries, TILE_ROWS))
 
 
-def _items(problem: Problem, nbytes: int) -> int:
-    """Items of the batch that are taken at a time."""
-    limit = int(DEFAULT_WORKSPACE_MIB["cpu"] * MIB)
-    return max(1, min(problem.batch, min(ITEMS_BYTES, limit // 2) // nbytes))
+def _of_items(problem: Problem, item: int, counted: int) -> int:
+    """Bytes of the items that are taken at a time, of which `counted` each are within the limit."""
+    return max(item, min(problem.batch * item, -(-_most_bytes() * item // counted)))
+
+
+def _most_bytes() -> int:
+    return min(ITEMS_BYTES, int(DEFAULT_WORKSPACE_MIB["cpu"] * MIB) // 2)
 
 
 def _up(number: int, multiple: int) -> int:

@@ -127,7 +127,7 @@ def test_one_table_for_all_cpus_and_one_for_gpus(folder: Path, report: dict) -> 
         named = report["environment"] | {"cpu_model": slug} | environment
         path = folder / slug / f"{date}.json"
         path.parent.mkdir()
-        path.write_text(json.dumps(report | {"environment": named}))
+        path.write_text(json.dumps(report | {"environment": named, "date": f"{date}T03:04:05"}))
 
     add("cpu-a", "2026-01-01")
     add("cpu-z", "2026-01-03")
