@@ -38,7 +38,7 @@ from nlkernels.ops._tiles import DEFAULT_WORKSPACE_MIB, MIB, accumulator_dtype
 # nlk::Affinity.
 SOFTMAX, RELU, SCORES, LINEAR = range(4)
 # Below, a further thread costs more than it saves: some 20 us of one core's work.
-PRODUCTS_OF_THREAD = 2**21
+_PRODUCTS_OF_THREAD = 2**21
 
 
 def forward(
@@ -88,14 +88,19 @@ def backward(
 def _problem(native, affinity, query, key, value, scale, workspace_mib):
     if workspace_mib is None:
         workspace_mib = DEFAULT_WORKSPACE_MIB["cpu"]
-    batch, queries, keys = sizes = (*query.shape[:2], key.shape[1])
+    sizes = (*query.shape[:2], key.shape[1])
     depth, value_depth = query.shape[2], value.shape[2]
     limit = int(min(workspace_mib * MIB, 2**62))
-    worth = 1 + batch * queries * keys * (depth + value_depth) // PRODUCTS_OF_THREAD
     return native.AttentionProblem(
         affinity, _ext.DTYPES[query.dtype], scale, (*sizes, depth, value_depth), limit,
-        min(torch.get_num_threads(), worth),
+        threads(*sizes, depth, value_depth),
     )  # fmt: skip
+
+
+def threads(batch: int, queries: int, keys: int, depth: int, value_depth: int) -> int:
+    """Threads that a call takes: fewer than torch has where it is small."""
+    worth = 1 + batch * queries * keys * (depth + value_depth) // _PRODUCTS_OF_THREAD
+    return min(torch.get_num_threads(), worth)
 
 
 def _workspace(nbytes: int) -> torch.Tensor:

@@ -4,10 +4,8 @@ The plans of csrc/cpu/attention_forward.h, attention_backward.h and linear.h for
 and with factors as wide as sums: the pairs of bfloat16 that some CPUs multiply take half of that.
 """
 
-import torch
-
 from nlkernels._spec import Problem
-from nlkernels.ops._cpp import PRODUCTS_OF_THREAD
+from nlkernels.ops import _cpp
 from nlkernels.ops._tiles import DEFAULT_WORKSPACE_MIB, MIB, accumulator_dtype
 
 # product.h and attention_plan.h.
@@ -23,10 +21,13 @@ def forward(problem: Problem) -> int:
     wide, keys, depth, value_depth = _padded(problem)
     item = wide * keys * (depth + value_depth)
     scores = wide * keys + LINE
-    rows = _rows(problem, scores)
+    fewest = problem.dtype.itemsize * problem.keys * (problem.depth + problem.value_depth)
+    rows = _rows(problem, scores, _most_items(problem, fewest))
     own = rows * (scores + wide * (depth + value_depth) + LINE)
     statistics = 2 * problem.batch * problem.queries * wide
-    return _of_items(problem, item, item) + threads(problem) * own + statistics + 16 * LINE
+    return (
+        _of_items(problem, item, item) + _cpp.threads(*problem[:5]) * own + statistics + 16 * LINE
+    )
 
 
 def backward(problem: Problem) -> int:
@@ -34,22 +35,24 @@ def backward(problem: Problem) -> int:
     wide, keys, depth, value_depth = _padded(problem)
     wider = depth + value_depth
     scores = 2 * (wide * keys + LINE)
-    rows = _rows(problem, scores)
     factors = wide * (2 * keys + wider)
     item = wide * keys * (2 * depth + value_depth + wider)
-    # At most so many items are taken at a time: of the fewest bytes that one can have.
     narrow = problem.dtype.itemsize
     fewest = narrow * problem.keys * (2 * problem.depth + problem.value_depth) + wide * (
         problem.keys * (problem.depth + problem.value_depth)
     )
-    items = max(1, min(problem.batch, _most_bytes() // fewest))
+    items = _most_items(problem, fewest)
+    rows = _rows(problem, scores, items)
     # Of all items: rows that fit, or two blocks a thread, in whole parts of a product's depth.
-    several = max(FACTOR_BYTES // factors, (2 * threads(problem) + items) * rows) + items * DEPTH
+    several = (
+        max(FACTOR_BYTES // factors, (2 * _cpp.threads(*problem[:5]) + items) * rows)
+        + items * DEPTH
+    )
     several = min(several, items * (problem.queries + rows))
     own = rows * (scores + wide * (wider + depth) + 2 * LINE)
     statistics = 4 * problem.batch * problem.queries * wide
     shared = _of_items(problem, item, item) + several * factors
-    return shared + threads(problem) * own + statistics + 16 * LINE
+    return shared + _cpp.threads(*problem[:5]) * own + statistics + 16 * LINE
 
 
 def linear_forward(problem: Problem) -> int:
@@ -72,14 +75,7 @@ def _linear(problem: Problem, states: int) -> int:
     packed = 2 * wide * widest * chunk + states * state
     shared = _of_items(problem, packed, 2 * state + row * chunk)
     own = min(LINEAR_ROWS, positions + TILE_ROWS) * (2 * wide * widest + LINE)
-    return shared + threads(problem) * own + 16 * LINE
-
-
-def threads(problem: Problem) -> int:
-    """Threads that a call takes, which small ones do not need."""
-    scores = problem.batch * problem.queries * problem.keys
-    worth = 1 + scores * (problem.depth + problem.value_depth) // PRODUCTS_OF_THREAD
-    return min(torch.get_num_threads(), worth)
+    return shared + _cpp.threads(*problem[:5]) * own + 16 * LINE
 
 
 def _padded(problem: Problem) -> tuple[int, int, int, int]:
@@ -89,10 +85,16 @@ def _padded(problem: Problem) -> tuple[int, int, int, int]:
     return wide, _up(problem.keys, TALL_PANEL), *depths
 
 
-def _rows(problem: Problem, bytes_of_row: int) -> int:
-    """Rows of a thread's block."""
-    most = max(TILE_ROWS, min(MOST_ROWS, SCORE_BYTES // bytes_of_row))
-    return min(most, _up(problem.queries, TILE_ROWS))
+def _rows(problem: Problem, bytes_of_row: int, items: int) -> int:
+    """Rows of a thread's block, at most: four blocks a thread where there are so many rows."""
+    most = max(TILE_ROWS, min(MOST_ROWS, SCORE_BYTES // bytes_of_row) // TILE_ROWS * TILE_ROWS)
+    blocks = max(-(-4 * _cpp.threads(*problem[:5]) // items), -(-problem.queries // most))
+    return min(most, _up(-(-problem.queries // blocks), TILE_ROWS))
+
+
+def _most_items(problem: Problem, fewest: int) -> int:
+    """Items that are taken at a time, at most: of the fewest bytes that one can have."""
+    return max(1, min(problem.batch, _most_bytes() // fewest))
 
 
 def _of_items(problem: Problem, item: int, counted: int) -> int:

@@ -127,10 +127,11 @@ def test_sdpa_takes_no_more(dtype, sizes, training):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=SHORT.get)
 @pytest.mark.parametrize("op", ["softmax", "relu", "dot_product"])
 @pytest.mark.parametrize("count", [2, 8])
-def test_cpp_takes_no_more_and_at_least_half(op, dtype, sizes, training, count):
+def test_cpp_takes_no_more_and_at_least_half_or_training_a_fifth(op, dtype, sizes, training, count):
     with threads(count):
         extra, problem = measured(op, sizes, dtype, "cpp", training)
-        assert extra <= _footprint.bound(op, ("cpp",) * (1 + training), problem)
+        bound = _footprint.bound(op, ("cpp",) * (1 + training), problem)
+    assert extra <= bound <= (5 if training else 2) * extra + 2**18
 
 
 @needs_compiler
