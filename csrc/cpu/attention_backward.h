@@ -51,7 +51,8 @@ class Backward {
     // Whole parts of the second phase's depth: sums then do not depend on where superblocks end.
     superblock_ = rounded_up(larger_of(blocks, (2 * p_.threads + items_ - 1) / items_) * rows_,
                              kDepth<E>);
-    superblock_ = smaller_of(superblock_, rounded_up(p_.queries, rows_));
+    const std::int64_t even = blocks_of(p_.queries, blocks_of(p_.queries, superblock_));
+    superblock_ = smaller_of(rounded_up(even, kDepth<E>), rounded_up(p_.queries, rows_));
   }
 
   std::int64_t lay_out(void* workspace) {
@@ -120,11 +121,12 @@ class Backward {
 
   bool over_rows(const AttentionBackward& call, std::int64_t first, std::int64_t items,
                  std::int64_t row, std::int64_t rows) {
-    const std::int64_t blocks = blocks_of(rows, rows_);
+    const std::int64_t size = even_rows(rows, rows_, items, p_.threads, kGroup<E>);
+    const std::int64_t blocks = blocks_of(rows, size);
     auto body = [&](std::int64_t task, int thread) {
-      const std::int64_t slot = task / blocks, start = task % blocks * rows_;
+      const std::int64_t slot = task / blocks, start = task % blocks * size;
       differentiate(call, first + slot, slot, row + start, start,
-                    smaller_of(rows_, rows - start), thread);
+                    smaller_of(size, rows - start), thread);
     };
     return parallel(p_.threads, items * blocks, body);
   }

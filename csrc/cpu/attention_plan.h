@@ -95,6 +95,15 @@ NLK_INLINE std::int64_t rows_of_block(std::int64_t rows, std::int64_t most, std:
   return smaller_of(most, rounded_up(even, needed < 2 * blocks ? 2 * kRowStep : kTileRows));
 }
 
+// Rows of each block that some rows of every item are cut into, at most `most`: as many blocks for
+// each thread, of equal size. In whole groups; where that adds little, in whole steps.
+NLK_INLINE std::int64_t even_rows(std::int64_t rows, std::int64_t most, std::int64_t items,
+                                  std::int64_t threads, std::int64_t group) {
+  const std::int64_t blocks = rounded_up(items * blocks_of(rows, most), threads);
+  const std::int64_t even = blocks_of(rows, blocks_of(blocks, items));
+  return rounded_up(even, even >= 8 * kTileRows ? 2 * kRowStep : group);
+}
+
 }  // namespace
 }  // namespace NLK_ISA
 }  // namespace nlk
