@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "nlk/attention.h"
+#include "test/check.h"
 
 namespace {
 
@@ -18,7 +19,6 @@ using nlk::Affinity;
 using nlk::Dtype;
 
 constexpr int kRounds = 120;
-int failures = 0;
 
 std::size_t bytes_of(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
@@ -93,19 +93,15 @@ class Tensor {
       }
     }
   }
-  // What `expected` (batch, rows, channels) says, but for rounding.
-  bool is(const std::vector<double>& expected) const {
-    double largest = 1e-30, worst = 0;
-    for (std::int64_t i = 0; i < static_cast<std::int64_t>(expected.size()); ++i) {
-      const std::int64_t b = i / (rows_ * channels_), r = i / channels_ % rows_, c = i % channels_;
-      largest = std::fmax(largest, std::fabs(expected[i]));
-      const double error = std::fabs(at(b, r, c) - expected[i]);
-      worst = error <= worst ? worst : error;  // a NaN stays
+  // All numbers, (batch, rows, channels).
+  std::vector<double> numbers() const {
+    std::vector<double> all;
+    for (std::int64_t b = 0; b < batch_; ++b) {
+      for (std::int64_t r = 0; r < rows_; ++r) {
+        for (std::int64_t c = 0; c < channels_; ++c) all.push_back(at(b, r, c));
+      }
     }
-    const double close = dtype_ == Dtype::kFloat64   ? 1e-11
-                         : dtype_ == Dtype::kFloat32 ? 1e-4
-                                                     : 0.03;
-    return worst <= close * (largest + 0.05);
+    return all;
   }
   nlk::Operand operand;
 
@@ -180,7 +176,8 @@ std::unique_ptr<char, Free> workspace(std::int64_t bytes) {
   return std::unique_ptr<char, Free>(static_cast<char*>(memory));
 }
 
-void check(nlk::Isa isa, unsigned seed) {
+// How many results are wrong.
+int check(nlk::Isa isa, unsigned seed) {
   std::mt19937 random(seed);
   const auto draw = [&](unsigned most) { return static_cast<std::int64_t>(random() % most) + 1; };
   nlk::AttentionProblem p{};
@@ -217,27 +214,31 @@ void check(nlk::Isa isa, unsigned seed) {
                                   d_query.operand, d_key.operand, d_value.operand, memory.get()});
   }
   const Expected e = define(p, query, key, value, grad);
-  const bool right[] = {out.is(e.out), d_query.is(e.d_query), d_key.is(e.d_key),
-                        d_value.is(e.d_value)};
-  const char* names[] = {"out", "d_query", "d_key", "d_value"};
-  for (int i = 0; i < 4; ++i) {
-    if (right[i]) continue;
-    ++failures;
-    std::printf("%s: wrong %s, seed %u: affinity %d, dtype %d, B %ld, N %ld, M %ld, D %ld, V %ld\n",
-                nlk::isa_name(isa), names[i], seed, static_cast<int>(p.affinity),
-                static_cast<int>(p.dtype), static_cast<long>(p.batch),
-                static_cast<long>(p.queries), static_cast<long>(p.keys),
-                static_cast<long>(p.depth), static_cast<long>(p.value_depth));
+  const double limit = p.dtype == Dtype::kFloat64   ? 1e-11
+                       : p.dtype == Dtype::kFloat32 ? 1e-4
+                                                    : 0.03;
+  int wrong = 0;
+  const auto compare = [&](const char* what, const Tensor& got, const std::vector<double>& wanted) {
+    wrong += !nlk::is_close(what, got.numbers(), wanted, limit, 0.05);
+  };
+  compare("out", out, e.out);
+  compare("d_query", d_query, e.d_query);
+  compare("d_key", d_key, e.d_key);
+  compare("d_value", d_value, e.d_value);
+  if (wrong > 0) {
+    std::printf("  seed %u: affinity %d, dtype %d, B=%d N=%d M=%d D=%d V=%d, %d threads\n", seed,
+                static_cast<int>(p.affinity), static_cast<int>(p.dtype), int(p.batch),
+                int(p.queries), int(p.keys), int(p.depth), int(p.value_depth), p.threads);
   }
+  return wrong;
 }
 
 }  // namespace
 
 int main() {
-  for (int level = 0; level <= static_cast<int>(nlk::Isa::kAvx512Bf16); ++level) {
-    const auto isa = static_cast<nlk::Isa>(level);
-    if (!nlk::is_built(isa) || isa > nlk::detect_isa()) continue;
-    for (unsigned seed = 0; seed < kRounds; ++seed) check(isa, seed);
-  }
-  return failures == 0 ? 0 : 1;
+  return nlk::on_every_isa([](nlk::Isa isa) {
+    int wrong = 0;
+    for (unsigned seed = 0; seed < kRounds; ++seed) wrong += check(isa, seed);
+    return wrong;
+  });
 }

@@ -6,11 +6,11 @@
 #include <vector>
 
 #include "nlk/concat.h"
+#include "test/check.h"
 
 namespace {
 
 constexpr double kLimit = 1e-11;  // of the largest number
-int failures = 0;
 
 struct Case {
   std::int64_t batch, queries, keys, channels;
@@ -24,22 +24,8 @@ std::vector<double> draw(std::int64_t count, std::mt19937& random, double step) 
   return numbers;
 }
 
-void compare(const char* what, const Case& sizes, nlk::Isa isa, const std::vector<double>& got,
-             const std::vector<double>& wanted) {
-  double error = 0, largest = 0;
-  for (std::size_t i = 0; i < got.size(); ++i) {
-    error = std::fmax(error, std::fabs(got[i] - wanted[i]));
-    largest = std::fmax(largest, std::fabs(wanted[i]));
-    if (!std::isfinite(got[i])) error = INFINITY;
-  }
-  if (error <= kLimit * largest) return;
-  std::printf("%s: %s of B=%lld N=%lld M=%lld V=%lld is wrong by %g\n", nlk::isa_name(isa), what,
-              static_cast<long long>(sizes.batch), static_cast<long long>(sizes.queries),
-              static_cast<long long>(sizes.keys), static_cast<long long>(sizes.channels), error);
-  ++failures;
-}
-
-void check(const Case& sizes, nlk::Isa isa, int threads, std::mt19937& random) {
+// How many results are wrong.
+int check(const Case& sizes, nlk::Isa isa, int threads, std::mt19937& random) {
   const auto [batch, queries, keys, channels, channel_first] = sizes;
   // Scores are multiples of 1/8: many are equal, and many sums are zero.
   const auto a = draw(batch * queries, random, 0.125), b = draw(batch * keys, random, 0.125);
@@ -84,10 +70,16 @@ void check(const Case& sizes, nlk::Isa isa, int threads, std::mt19937& random) {
     call.workspace = workspace.data();
     backward ? nlk::concat_backward(isa, call) : nlk::concat_forward(isa, call);
   }
-  compare("out", sizes, isa, out, true_out);
-  compare("d_query_score", sizes, isa, d_a, true_a);
-  compare("d_key_score", sizes, isa, d_b, true_b);
-  compare("d_value", sizes, isa, d_value, true_value);
+  int wrong = 0;
+  wrong += !nlk::is_close("out", out, true_out, kLimit, 0);
+  wrong += !nlk::is_close("d_query_score", d_a, true_a, kLimit, 0);
+  wrong += !nlk::is_close("d_key_score", d_b, true_b, kLimit, 0);
+  wrong += !nlk::is_close("d_value", d_value, true_value, kLimit, 0);
+  if (wrong > 0) {
+    std::printf("  B=%d N=%d M=%d V=%d, %d threads\n", int(batch), int(queries), int(keys),
+                int(channels), threads);
+  }
+  return wrong;
 }
 
 }  // namespace
@@ -96,14 +88,12 @@ int main() {
   const Case cases[] = {{1, 1, 1, 1, false},    {2, 17, 9, 3, true},    {3, 40, 65, 16, false},
                         {2, 63, 200, 70, true}, {1, 130, 33, 64, false}, {1, 90, 41, 200, false},
                         {1, 4100, 12, 20, true}, {1, 30, 8300, 5, false}};
-  std::mt19937 random(0);
-  for (int level = 0; level <= static_cast<int>(nlk::detect_isa()); ++level) {
-    const auto isa = static_cast<nlk::Isa>(level);
-    if (!nlk::is_built(isa)) continue;
+  return nlk::on_every_isa([&](nlk::Isa isa) {
+    std::mt19937 random(0);
+    int wrong = 0;
     for (const Case& sizes : cases) {
-      for (const int threads : {1, 3}) check(sizes, isa, threads, random);
+      for (const int threads : {1, 3}) wrong += check(sizes, isa, threads, random);
     }
-  }
-  std::printf("%d wrong\n", failures);
-  return failures == 0 ? 0 : 1;
+    return wrong;
+  });
 }

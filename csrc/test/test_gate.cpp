@@ -6,11 +6,11 @@
 #include <vector>
 
 #include "nlk/gate.h"
+#include "test/check.h"
 
 namespace {
 
-constexpr double kLimit = 1e-11;  // of the largest number
-int failures = 0;
+constexpr double kLimit = 1e-11, kFloor = 0.01;  // of the largest number and this
 
 enum class Order { kChannelsFirst, kChannelsLast, kEverySecond };
 
@@ -26,23 +26,8 @@ std::vector<double> draw(std::int64_t count, std::mt19937& random, double deviat
   return numbers;
 }
 
-void compare(const char* what, const Case& sizes, nlk::Isa isa, const std::vector<double>& got,
-             const std::vector<double>& wanted) {
-  double error = 0, largest = 0;
-  for (std::size_t i = 0; i < got.size(); ++i) {
-    error = std::fmax(error, std::fabs(got[i] - wanted[i]));
-    largest = std::fmax(largest, std::fabs(wanted[i]));
-    if (!std::isfinite(got[i])) error = INFINITY;
-  }
-  if (error <= kLimit * largest + 1e-13) return;
-  std::printf("%s: %s of B=%lld C=%lld %lldx%lldx%lld is wrong by %g\n", nlk::isa_name(isa), what,
-              static_cast<long long>(sizes.batch), static_cast<long long>(sizes.channels),
-              static_cast<long long>(sizes.frames), static_cast<long long>(sizes.height),
-              static_cast<long long>(sizes.width), error);
-  ++failures;
-}
-
-void check(const Case& sizes, nlk::Isa isa, int threads, std::mt19937& random) {
+// How many results are wrong.
+int check(const Case& sizes, nlk::Isa isa, int threads, std::mt19937& random) {
   const auto [batch, channels, frames, height, width, order] = sizes;
   const std::int64_t positions = frames * height * width;
   // Distance of neighbours, of channels and of positions.
@@ -102,9 +87,15 @@ void check(const Case& sizes, nlk::Isa isa, int threads, std::mt19937& random) {
     call.workspace = workspace.data();
     backward ? nlk::gate_backward(isa, call) : nlk::gate_forward(isa, call);
   }
-  compare("out", sizes, isa, out, true_out);
-  compare("d_x", sizes, isa, d_x, true_x);
-  compare("d_weight", sizes, isa, d_weight, true_weight);
+  int wrong = 0;
+  wrong += !nlk::is_close("out", out, true_out, kLimit, kFloor);
+  wrong += !nlk::is_close("d_x", d_x, true_x, kLimit, kFloor);
+  wrong += !nlk::is_close("d_weight", d_weight, true_weight, kLimit, kFloor);
+  if (wrong > 0) {
+    std::printf("  B=%d C=%d %dx%dx%d, %d threads\n", int(batch), int(channels), int(frames),
+                int(height), int(width), threads);
+  }
+  return wrong;
 }
 
 }  // namespace
@@ -116,14 +107,12 @@ int main() {
       {2, 33, 2, 3, 5, Order::kChannelsLast},  {1, 300, 3, 14, 14, Order::kChannelsLast},
       {2, 9, 1, 3, 3, Order::kEverySecond},    {1, 40, 5, 9, 11, Order::kEverySecond},
   };
-  std::mt19937 random(0);
-  for (int level = 0; level <= static_cast<int>(nlk::detect_isa()); ++level) {
-    const auto isa = static_cast<nlk::Isa>(level);
-    if (!nlk::is_built(isa)) continue;
+  return nlk::on_every_isa([&](nlk::Isa isa) {
+    std::mt19937 random(0);
+    int wrong = 0;
     for (const Case& sizes : cases) {
-      for (const int threads : {1, 3}) check(sizes, isa, threads, random);
+      for (const int threads : {1, 3}) wrong += check(sizes, isa, threads, random);
     }
-  }
-  std::printf("%d wrong\n", failures);
-  return failures == 0 ? 0 : 1;
+    return wrong;
+  });
 }

@@ -9,10 +9,13 @@
 #include <vector>
 
 #include "nlk/region.h"
+#include "test/check.h"
 
 namespace {
 
 using nlk::Isa;
+
+constexpr double kLimit = 1e-5;  // of the largest number
 
 struct Problem {
   std::int64_t sizes[5], kernel[3];
@@ -55,18 +58,6 @@ void each_product(const Problem& problem, const std::int64_t* strides, const Bod
            base + z * strides[2] + y * strides[3] + x * strides[4]);
     }
   }
-}
-
-bool differ(const char* name, const std::vector<float>& got, const std::vector<double>& wanted) {
-  double scale = 1, error = 0;
-  for (std::size_t at = 0; at < wanted.size(); ++at) {
-    scale = std::fmax(scale, std::fabs(wanted[at]));
-    const double gap = std::fabs(got[at] - wanted[at]);
-    if (!(gap <= error)) error = gap;
-  }
-  if (error <= 1e-5 * scale) return false;
-  std::printf("%s: error %g\n", name, error);
-  return true;
 }
 
 bool is_wrong(Isa isa, const Problem& problem, int threads, std::mt19937& random) {
@@ -114,9 +105,9 @@ bool is_wrong(Isa isa, const Problem& problem, int threads, std::mt19937& random
     want_x[from] += double{weight[tap]} * grad[to];
     want_weight[tap] += double{grad[to]} * x[from];
   });
-  wrong |= differ("out", out, want);
-  wrong |= differ("d_x", d_x, want_x);
-  wrong |= differ("d_weight", d_weight, want_weight);
+  wrong |= !nlk::is_close("out", out, want, kLimit, 0);
+  wrong |= !nlk::is_close("d_x", d_x, want_x, kLimit, 0);
+  wrong |= !nlk::is_close("d_weight", d_weight, want_weight, kLimit, 0);
   return wrong;
 }
 
@@ -142,13 +133,5 @@ int check(Isa isa, int problems) {
 }  // namespace
 
 int main() {
-  int failures = 0;
-  for (int level = 0; level <= static_cast<int>(Isa::kAvx512Bf16); ++level) {
-    const Isa isa = static_cast<Isa>(level);
-    if (!nlk::is_built(isa) || isa > nlk::detect_isa()) continue;
-    const int wrong = check(isa, 40);
-    std::printf("%s: %d of 40 problems wrong\n", nlk::isa_name(isa), wrong);
-    failures += wrong;
-  }
-  return failures == 0 ? 0 : 1;
+  return nlk::on_every_isa([](Isa isa) { return check(isa, 40); });
 }
