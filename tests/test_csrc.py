@@ -99,9 +99,10 @@ def _run_ctest(build: Path, sanitize: str = "", isas: str = "") -> None:
 @pytest.mark.gate
 def test_ctest(tmp_path):
     _run_ctest(tmp_path)
-    if shutil.which("nm") is not None:
-        for isa in _build.Sources.read(CSRC).isas():
-            _has_no_shared_code(isa, tmp_path / f"CMakeFiles/nlk_cpu_{isa}.dir")
+    if shutil.which("nm") is None:
+        pytest.skip("no nm to read the objects' symbols; the C++ tests passed")
+    for isa in _build.Sources.read(CSRC).isas():
+        _has_no_shared_code(isa, tmp_path / f"CMakeFiles/nlk_cpu_{isa}.dir")
 
 
 def _has_no_shared_code(isa: str, folder: Path) -> None:
@@ -124,7 +125,6 @@ def _has_no_shared_code(isa: str, folder: Path) -> None:
 # Threads are shared out alike in all instruction sets.
 @pytest.mark.parametrize(("sanitize", "isas"), [("address,undefined", ""), ("thread", "portable")])
 def test_ctest_with_sanitizers(sanitize, isas, tmp_path):
-    _root()
     if not _has_sanitizer(sanitize, tmp_path):
         pytest.skip(f"the compiler has no -fsanitize={sanitize}")
     _run_ctest(tmp_path / "build", sanitize, isas)

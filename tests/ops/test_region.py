@@ -120,10 +120,20 @@ def moved(x, how):
     return place.copy_(x)
 
 
-@pytest.mark.parametrize("shape", [(1, 48, 4, 56, 56), (2, 96, 2, 40, 33)], ids=str)
-def test_frames_of_many_positions(shape, device):
-    for kernel in ((3, 7, 7), (3, 1, 3)):
-        assert_right(run("chunked"), tensors(shape, kernel, torch.float32, device=device))
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [
+        ((1, 48, 4, 56, 56), (3, 7, 7)),
+        ((1, 48, 4, 56, 56), (3, 1, 3)),
+        ((2, 96, 2, 40, 33), (3, 7, 7)),
+        ((2, 96, 2, 40, 33), (3, 1, 3)),
+        ((1, 20, 2, 2, 500), (1, 3, 3)),
+    ],
+    ids=str,
+)
+def test_frames_of_many_positions(shape, kernel, device):
+    # Long chains of products once made the weight's gradient 4.4 times as wrong as torch's.
+    assert_right(run("chunked"), tensors(shape, kernel, torch.float32, device=device))
 
 
 LAYOUTS = ("window", "channels_last_window", "transposed", "channels_last_slice", "slice")
