@@ -127,7 +127,8 @@ def choose(
         direction: "forward", "backward", or "training" for both together; inside the operator the
             two passes are chosen for separately.
     """
-    for backend, _ in preference(op, problem, direction):
+    order, _ = _order(op, problem, direction)
+    for backend in order:
         if (among is None or backend in among) and _runs(op, backend, problem, direction):
             return backend
     return "chunked"
@@ -148,13 +149,25 @@ def _runs(op: str, backend: str, problem: Any, direction: str) -> bool:
 
 
 def preference(op: str, problem: Any, direction: str = "forward") -> list[tuple[str, str]]:
-    """Backends from the fastest on, each with the measurement that says so."""
+    """Backends from the fastest on, each with the measurement that says so.
+
+    That speaks for the first: the others run where those before them cannot.
+    """
+    order, because = _order(op, problem, direction)
+    return [
+        (backend, f"next after {order[0]} ({because})" if number else because)
+        for number, backend in enumerate(order)
+    ]
+
+
+def _order(op: str, problem: Any, direction: str) -> tuple[list[str], str]:
+    """Backends from the fastest on, and the measurement that says so."""
     repeatable = torch.are_deterministic_algorithms_enabled()
     row = measured(op, problem, direction)
     if row is not None:
         # Torch's kernels need not repeat bitwise.
         order = [b for b in row["order"] if not (b == "sdpa" and repeatable)]
-        return _with_reasons(order, row["because"])
+        return order, row["because"]
     single = "forward" if direction == "training" else direction
     for row in OPERATIONS[op].table.get(problem.device, ()):
         fits = problem.dtype_name in row["dtypes"] and row.get("pass", single) == single
@@ -168,17 +181,8 @@ def preference(op: str, problem: Any, direction: str = "forward") -> list[tuple[
         if fits and "deterministic" in row:
             fits = row["deterministic"] == repeatable
         if fits:
-            return _with_reasons(row["order"], row["because"])
-    return [("chunked", "serves every device; nothing was measured on this one")]
-
-
-def _with_reasons(order: Collection[str], because: str) -> list[tuple[str, str]]:
-    """The measurement speaks for the first: the others run where those before them cannot."""
-    found, before = [], ""
-    for backend in order:
-        found.append((backend, f"next after {before} ({because})" if before else because))
-        before = before or backend
-    return found
+            return list(row["order"]), row["because"]
+    return ["chunked"], "serves every device; nothing was measured on this one"
 
 
 def measured(op: str, problem: Any, direction: str) -> Mapping[str, Any] | None:
