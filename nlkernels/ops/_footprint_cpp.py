@@ -25,9 +25,7 @@ def forward(problem: Problem) -> int:
     rows = _rows(problem, scores, _most_items(problem, fewest))
     own = rows * (scores + wide * (depth + value_depth) + LINE)
     statistics = 2 * problem.batch * problem.queries * wide
-    return (
-        _of_items(problem, item, item) + _cpp.threads(*problem[:5]) * own + statistics + 16 * LINE
-    )
+    return _of_items(problem, item, item) + _threads(problem) * own + statistics + 16 * LINE
 
 
 def backward(problem: Problem) -> int:
@@ -37,22 +35,17 @@ def backward(problem: Problem) -> int:
     scores = 2 * (wide * keys + LINE)
     factors = wide * (2 * keys + wider)
     item = wide * keys * (2 * depth + value_depth + wider)
-    narrow = problem.dtype.itemsize
-    fewest = narrow * problem.keys * (2 * problem.depth + problem.value_depth) + wide * (
-        problem.keys * (problem.depth + problem.value_depth)
-    )
+    fewest = problem.dtype.itemsize * problem.keys * (2 * problem.depth + problem.value_depth)
+    fewest += wide * problem.keys * (problem.depth + problem.value_depth)
     items = _most_items(problem, fewest)
     rows = _rows(problem, scores, items)
     # Of all items: rows that fit, or two blocks a thread, in whole parts of a product's depth.
-    several = (
-        max(FACTOR_BYTES // factors, (2 * _cpp.threads(*problem[:5]) + items) * rows)
-        + items * DEPTH
-    )
-    several = min(several, items * (problem.queries + rows))
+    several = max(FACTOR_BYTES // factors, (2 * _threads(problem) + items) * rows)
+    several = min(several + items * DEPTH, items * (problem.queries + rows))
     own = rows * (scores + wide * (wider + depth) + 2 * LINE)
     statistics = 4 * problem.batch * problem.queries * wide
     shared = _of_items(problem, item, item) + several * factors
-    return shared + _cpp.threads(*problem[:5]) * own + statistics + 16 * LINE
+    return shared + _threads(problem) * own + statistics + 16 * LINE
 
 
 def linear_forward(problem: Problem) -> int:
@@ -75,7 +68,7 @@ def _linear(problem: Problem, states: int) -> int:
     packed = 2 * wide * widest * chunk + states * state
     shared = _of_items(problem, packed, 2 * state + row * chunk)
     own = min(LINEAR_ROWS, positions + TILE_ROWS) * (2 * wide * widest + LINE)
-    return shared + _cpp.threads(*problem[:5]) * own + 16 * LINE
+    return shared + _threads(problem) * own + 16 * LINE
 
 
 def _padded(problem: Problem) -> tuple[int, int, int, int]:
@@ -85,10 +78,14 @@ def _padded(problem: Problem) -> tuple[int, int, int, int]:
     return wide, _up(problem.keys, TALL_PANEL), *depths
 
 
+def _threads(problem: Problem) -> int:
+    return _cpp.threads(*problem[:5])
+
+
 def _rows(problem: Problem, bytes_of_row: int, items: int) -> int:
     """Rows of a thread's block, at most: four blocks a thread where there are so many rows."""
     most = max(TILE_ROWS, min(MOST_ROWS, SCORE_BYTES // bytes_of_row) // TILE_ROWS * TILE_ROWS)
-    blocks = max(-(-4 * _cpp.threads(*problem[:5]) // items), -(-problem.queries // most))
+    blocks = max(-(-4 * _threads(problem) // items), -(-problem.queries // most))
     return min(most, _up(-(-problem.queries // blocks), TILE_ROWS))
 
 
