@@ -22,7 +22,7 @@ from benchmarks.measure import PASSES, make_operands, measure
 from benchmarks.peak import larger, peak_gflops, state_shares
 from benchmarks.providers import DEFAULT, PROVIDERS, Provider
 from benchmarks.registry import CASES, DTYPES, GROUPS, KINDS, Case, select_cases
-from benchmarks.timing import copy_gb_s, gemm_tflops, synchronised_clock
+from benchmarks.timing import copy_gb_s, gemm_tflops, keep_freed_memory, synchronised_clock
 
 OPERATIONS = {"region": region.OPERATION, "gate": gate.OPERATION}
 ALL_CASES = (*CASES, *region.CASES, *gate.CASES)
@@ -90,6 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    keeps_freed_memory = keep_freed_memory()
     tests = results.run_tests(options.tests)
     if tests["outcome"] == "failed":
         print(
@@ -105,7 +106,12 @@ def main(arguments: list[str] | None = None) -> int:
         "command": shlex.join(["python", "-m", "benchmarks.bench_ops", *given]),
         "environment": environment,
         "tests": tests,
-        "settings": {"rounds": options.rounds, "seed": options.seed, **ceilings},
+        "settings": {
+            "rounds": options.rounds,
+            "seed": options.seed,
+            "keeps_freed_memory": keeps_freed_memory,
+            **ceilings,
+        },
     }
     file = results.ResultFile(out, header)
     for case in cases:

@@ -1,6 +1,9 @@
 """The timer measures calls, and all functions under the same conditions."""
 
 import os
+import platform
+import subprocess
+import sys
 import time
 
 import pytest
@@ -71,3 +74,25 @@ def test_clock_runs_in_seconds() -> None:
     start = synchronised_clock()
     time.sleep(0.01)
     assert 0.01 <= synchronised_clock() - start < 5.0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another library allocates")
+@pytest.mark.parametrize("keeps", [False, True])
+def test_freed_memory_is_kept(keeps):
+    program = """
+import ctypes, resource, sys
+import torch
+from benchmarks.timing import _M_TRIM_THRESHOLD, keep_freed_memory
+
+assert ctypes.CDLL(None).mallopt(_M_TRIM_THRESHOLD, 128 << 10) == 1
+assert sys.argv[1] != "True" or keep_freed_memory()
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.zeros(20 << 20, dtype=torch.uint8) for _ in range(4)]
+    del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    command = [sys.executable, "-c", program, str(keeps)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # Four blocks are 20,480 pages of 4 KiB.
+    assert (int(done.stdout) < 100) == keeps
