@@ -37,7 +37,7 @@ bool is_close(const char* what, const std::vector<Number>& got, const std::vecto
     const double gap = std::fabs(static_cast<double>(got[i]) - wanted[i]);
     error = std::isfinite(gap) ? std::fmax(error, gap) : HUGE_VAL;
   }
-  if (error <= limit * (largest + floor)) return true;
+  if (std::isfinite(error) && error <= limit * (largest + floor)) return true;
   std::printf("%s: off by %g, the largest is %g\n", what, error, largest);
   return false;
 }

@@ -1,6 +1,5 @@
 """Problems of the C++ attention kernels, and how their results are judged."""
 
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -42,11 +41,6 @@ WAYS = {
     "linear": Way(_cpp.LINEAR, lambda *operands: _linear(*operands)),
 }
 ways = pytest.mark.parametrize("way", list(WAYS))
-
-# Instruction sets, lowest first; which of them run here is said by an error of the loader.
-ISAS = ["portable"]
-if platform.machine() == "x86_64":
-    ISAS += ["avx2", "avx512", "avx512_bf16"]
 
 
 def _linear(query, key, value, scale):

@@ -10,11 +10,11 @@ from nlkernels._memory import MIB, PeakMemory
 from nlkernels.ops.concat import cpp, op
 from tests.concat import NAMES, naive, operands, results, run
 from tests.helpers import SHORT, assert_not_worse
+from tests.ops import isas
 from tests.ops.test_concat import BAD, assert_right, extreme, moved, spoiled
 
 pytestmark = pytest.mark.skipif(bool(_ext.missing()), reason=_ext.missing() or "never")
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 DTYPES = tuple(SHORT)
 POSITIONS = (1, 2, 15, 16, 17, 63, 65, 127, 1037)
 # Channels of one narrow block, one wide, several, and tails of either width.
@@ -56,11 +56,9 @@ def test_not_worse_than_pytorch(case, dtype):
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", isas.ISAS)
 def test_every_instruction_set_of_this_machine(isa, monkeypatch):
-    if ISAS.index(isa) > ISAS.index(_ext.load().detected_isa()):
-        pytest.skip(f"this machine has no {isa}")
-    monkeypatch.setenv("NLKERNELS_CPU_ISA", isa)
+    isas.use(isa, monkeypatch)
     for case, dtype in [*cover(), ((1, 2 * CHUNK, 20, 70), torch.float32)]:
         assert_right(run("cpp"), operands(case, dtype))
     for name in ("large", "one_huge_score", "large_values"):

@@ -9,11 +9,11 @@ from nlkernels.ops.gate import cpp, op
 from nlkernels.ops.gate.problem import frames_of
 from nlkernels.ops.gate.suite import LAYOUTS
 from tests.helpers import SHORT
+from tests.ops import isas
 from tests.ops.test_gate import NAMES, PLACES, SHAPES, assert_right, moved, results, run, tensors
 
 pytestmark = pytest.mark.skipif(bool(_ext.missing()), reason=_ext.missing() or "never")
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 DTYPES = tuple(SHORT)
 # Besides tails in positions and channels: several tiles and splits, tiles of few positions, runs
 # that end in few positions, wide and narrow.
@@ -64,11 +64,9 @@ def test_logits_of_large_deviation(layout, deviation, dtype):
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", isas.ISAS)
 def test_every_instruction_set_of_this_machine(isa, monkeypatch):
-    if ISAS.index(isa) > ISAS.index(_ext.load().detected_isa()):
-        pytest.skip(f"this machine has no {isa}")
-    monkeypatch.setenv("NLKERNELS_CPU_ISA", isa)
+    isas.use(isa, monkeypatch)
     for shape in CASES:
         for layout in LAYOUTS[: 3 if len(shape) > 4 else 1]:
             for dtype in DTYPES:

@@ -8,11 +8,10 @@ import math
 import pytest
 import torch
 
-from nlkernels import _ext
 from tests.helpers import SHORT, Case
+from tests.ops import isas
 from tests.ops.cpp_attention import (
     DTYPES,
-    ISAS,
     WAYS,
     assert_equal,
     judge,
@@ -43,13 +42,10 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=ISAS, scope="module")
+@pytest.fixture(params=isas.ISAS, scope="module")
 def isa(request):
     with pytest.MonkeyPatch.context() as context:
-        context.setenv("NLKERNELS_CPU_ISA", request.param)
-        if reason := _ext.missing():
-            pytest.skip(reason)
-        assert _ext.load().isas[request.param] == _ext.isa()
+        isas.use(request.param, context)
         yield request.param
 
 

@@ -10,6 +10,7 @@ from nlkernels._memory import MIB, PeakMemory
 from nlkernels.ops.region import cpp, op
 from nlkernels.ops.region.problem import RegionProblem
 from tests.helpers import SHORT
+from tests.ops import isas
 from tests.ops.test_region import (
     LAYOUTS,
     NAMES,
@@ -60,13 +61,9 @@ def test_not_worse_than_pytorch(shape, kernel, layout, dtype):
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", isas.ISAS)
 def test_every_instruction_set_of_this_machine(isa, monkeypatch):
-    known = _ext.load()
-    order = ["portable", "avx2", "avx512", "avx512_bf16"]
-    if order.index(isa) > order.index(known.detected_isa()):
-        pytest.skip(f"this machine has no {isa}")
-    monkeypatch.setenv("NLKERNELS_CPU_ISA", isa)
+    isas.use(isa, monkeypatch)
     for (shape, kernel), layout, dtype in itertools.product(
         CASES, ["ncdhw", "channels_last"], SHORT
     ):

@@ -15,7 +15,8 @@ from nlkernels.ops.gate import suite as gate_suite
 from tests import concat
 from tests.helpers import SHORT, Case, assert_not_worse
 from tests.ops import cpp_attention, staged, test_concat, test_gate, test_region
-from tests.ops.cpp_attention import ISAS, WAYS, needs_compiler
+from tests.ops.cpp_attention import WAYS, needs_compiler
+from tests.ops.isas import ISAS
 
 pytestmark = [needs_compiler, pytest.mark.gate, pytest.mark.usefixtures("poison")]
 
