@@ -45,11 +45,11 @@ class Backward {
     items_ = items_at_a_time(p_, item_bytes + row_bytes * least);
 
     rows_ = rows_of_block(p_.queries, most,
-                          (kBlocksOfThread * p_.threads + items_ - 1) / items_);
+                          blocks_of(kBlocksOfThread * p_.threads, items_));
     const std::int64_t limit = larger_of(0, p_.workspace_limit - items_ * item_bytes);
     const std::int64_t blocks = smaller_of(kFactorBytes, limit) / (row_bytes * items_ * rows_);
     // Whole parts of the second phase's depth: sums then do not depend on where superblocks end.
-    superblock_ = rounded_up(larger_of(blocks, (2 * p_.threads + items_ - 1) / items_) * rows_,
+    superblock_ = rounded_up(larger_of(blocks, blocks_of(2 * p_.threads, items_)) * rows_,
                              kDepth<E>);
     const std::int64_t even = blocks_of(p_.queries, blocks_of(p_.queries, superblock_));
     superblock_ = smaller_of(rounded_up(even, kDepth<E>), rounded_up(p_.queries, rows_));

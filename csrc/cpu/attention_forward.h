@@ -35,7 +35,7 @@ class Forward {
     const std::int64_t all_bytes = row_bytes + packed_stride<E>(p_.depth) * sizeof(E) +
                                    value_columns_ * sizeof(Number);
     rows_ = rows_of_block(p_.queries, smaller_of(most, free / all_bytes),
-                          (kBlocksOfThread * p_.threads + items_ - 1) / items_);
+                          blocks_of(kBlocksOfThread * p_.threads, items_));
     blocks_ = blocks_of(p_.queries, rows_);
   }
 

@@ -90,8 +90,8 @@ NLK_INLINE std::int64_t blocks_of(std::int64_t number, std::int64_t size) {
 // threads end together, in whole groups and steps; many are of whole tiles.
 NLK_INLINE std::int64_t rows_of_block(std::int64_t rows, std::int64_t most, std::int64_t blocks) {
   most = larger_of(kTileRows, most / kTileRows * kTileRows);
-  const std::int64_t needed = (rows + most - 1) / most;
-  const std::int64_t even = (rows + larger_of(blocks, needed) - 1) / larger_of(blocks, needed);
+  const std::int64_t needed = blocks_of(rows, most);
+  const std::int64_t even = blocks_of(rows, larger_of(blocks, needed));
   return smaller_of(most, rounded_up(even, needed < 2 * blocks ? 2 * kRowStep : kTileRows));
 }
 

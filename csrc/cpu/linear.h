@@ -31,7 +31,7 @@ class Linear {
     const std::int64_t most = larger_of(p_.queries, p_.keys);
     chunk_ = rounded_up(smaller_of(most, larger_of(kRows, kChunkBytes / row_bytes)), kGroup<E>);
     items_ = items_at_a_time(p_, states + row_bytes * chunk_);
-    rows_ = rows_of_block(most, kRows, (kBlocksOfThread * p_.threads + items_ - 1) / items_);
+    rows_ = rows_of_block(most, kRows, blocks_of(kBlocksOfThread * p_.threads, items_));
   }
 
   std::int64_t lay_out(void* workspace, bool backward) {
@@ -139,6 +139,16 @@ class Linear {
 
   static std::int64_t factor_depth(std::int64_t channels) { return rounded_up(channels, kGroup<E>); }
 
+  // Rows into the caches, all at once: the first panel would wait for one after another.
+  static void fetch(Part<T> part, std::int64_t rows, std::int64_t columns) {
+    constexpr std::int64_t line = kLineBytes / static_cast<std::int64_t>(sizeof(T));
+    for (std::int64_t r = 0; r < rows; ++r) {
+      for (std::int64_t c = 0; c < columns; c += line) {
+        __builtin_prefetch(part.data + r * part.row + c);
+      }
+    }
+  }
+
   // out = scale / M rows state.
   bool apply(const Operand& rows, std::int64_t depth, const E* state, const Operand& out,
              std::int64_t columns, std::int64_t positions) {
@@ -152,6 +162,7 @@ class Linear {
       E* factors = own_piece(factors_, thread, thread_bytes_);
       Number* results = own_piece(results_, thread, thread_bytes_);
       const Part<T> part = part_of<T>(rows, first_ + slot, row, 0);
+      if (part.column == 1) fetch(part, count, depth);
       multiply<E>(row_factors<E, T>(part, count, depth, factors), state + slot * area(),
                   padded_depth, padded, columns, padded_depth, results, stride, false);
       T* to = static_cast<T*>(out.data) + (first_ + slot) * out.item + row * out.row;

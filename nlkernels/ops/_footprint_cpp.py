@@ -1,106 +1,223 @@
-"""How many bytes attention in C++ takes on CPUs beyond its operands and results, at most.
+"""How many bytes attention in C++ takes on CPUs beyond its operands and results.
 
-The plans of csrc/cpu/attention_forward.h, attention_backward.h and linear.h for the widest vectors,
-and with factors as wide as sums: the pairs of bfloat16 that some CPUs multiply take half of that.
+The plans of csrc/cpu/attention_forward.h, attention_backward.h and linear.h, in their terms, for
+the instruction set that is in use: known without loading, let alone compiling, the module.
 """
 
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from nlkernels import _ext
 from nlkernels._spec import Problem
 from nlkernels.ops import _cpp
 from nlkernels.ops._tiles import DEFAULT_WORKSPACE_MIB, MIB, accumulator_dtype
 
-# product.h and attention_plan.h.
-PANEL, TALL_PANEL, ROW_STEP, TILE_ROWS, DEPTH = 32, 48, 3, 12, 256
-MOST_ROWS, SCORE_BYTES, ITEMS_BYTES, FACTOR_BYTES = 192, MIB, 4 * MIB, 8 * MIB
-LINEAR_ROWS, LINEAR_BYTES = 96, MIB
-# What keeps rows apart in a cache, and pieces at multiples of its lines.
-LINE = 64
+# simd.h: bytes of a vector.
+VECTOR_BYTES = {"portable": 16, "avx2": 32, "avx512": 64, "avx512_bf16": 64}
+# product.h, pack.h and attention_plan.h.
+TALL_PANEL, ROW_STEP, LINE, WAY = 48, 3, 64, 4096
+MOST_ROWS, BLOCKS_OF_THREAD = 192, 4
+SCORE_BYTES, ITEMS_BYTES, FACTOR_BYTES = MIB, 4 * MIB, 8 * MIB
+# linear.h.
+LINEAR_ROWS, CHUNK_BYTES = 96, MIB
 
 
 def forward(problem: Problem) -> int:
     """Packed keys and values of some items; rows of scores, queries and results of each thread."""
-    wide, keys, depth, value_depth = _padded(problem)
-    item = wide * keys * (depth + value_depth)
-    scores = wide * keys + LINE
-    fewest = problem.dtype.itemsize * problem.keys * (problem.depth + problem.value_depth)
-    rows = _rows(problem, scores, _most_items(problem, fewest))
-    own = rows * (scores + wide * (depth + value_depth) + LINE)
-    statistics = 2 * problem.batch * problem.queries * wide
-    return _of_items(problem, item, item) + _threads(problem) * own + statistics + 16 * LINE
+    return forward_workspace(problem) + 2 * _statistics(problem)
 
 
 def backward(problem: Problem) -> int:
     """Packed operands and sums of some items; factors of a superblock; each thread's rows."""
-    wide, keys, depth, value_depth = _padded(problem)
-    wider = depth + value_depth
-    scores = 2 * (wide * keys + LINE)
-    factors = wide * (2 * keys + wider)
-    item = wide * keys * (2 * depth + value_depth + wider)
-    fewest = problem.dtype.itemsize * problem.keys * (2 * problem.depth + problem.value_depth)
-    fewest += wide * problem.keys * (problem.depth + problem.value_depth)
-    items = _most_items(problem, fewest)
-    rows = _rows(problem, scores, items)
-    # Of all items: rows that fit, or two blocks a thread, in whole parts of a product's depth.
-    several = max(FACTOR_BYTES // factors, (2 * _threads(problem) + items) * rows)
-    several = min(several + items * DEPTH, items * (problem.queries + rows))
-    own = rows * (scores + wide * (wider + depth) + 2 * LINE)
-    statistics = 4 * problem.batch * problem.queries * wide
-    shared = _of_items(problem, item, item) + several * factors
-    return shared + _threads(problem) * own + statistics + 16 * LINE
+    # Autograd has zeros for the gradient of the statistics.
+    return backward_workspace(problem) + 4 * _statistics(problem)
+
+
+def forward_workspace(problem: Problem) -> int:
+    """What csrc/cpu/attention_forward.h lays out."""
+    if _is_empty(problem):
+        return 0
+    kind, batch, queries, keys, threads = _sizes(problem)
+    depth, value_columns = kind.grouped(problem.depth), kind.columns(problem.value_depth)
+    key_columns, key_depth = kind.columns(keys), kind.grouped(keys)
+    score_row = kind.stride(key_columns, kind.number)
+    query_row = kind.stride(problem.depth, kind.factor)
+    item_bytes = (key_columns * depth + value_columns * key_depth) * kind.factor
+    items = _items_at_a_time(batch, item_bytes)
+    row_bytes = score_row * kind.number
+    free = (_limit() - items * item_bytes) // threads
+    all_bytes = row_bytes + query_row * kind.factor + value_columns * kind.number
+    most = min(MOST_ROWS, SCORE_BYTES // row_bytes, free // all_bytes)
+    rows = kind.rows_of_block(queries, most, _blocks_of(BLOCKS_OF_THREAD * threads, items))
+    shared = (
+        items * key_columns * depth * kind.factor,
+        items * value_columns * key_depth * kind.factor,
+    )
+    own = (
+        rows * query_row * kind.factor,
+        rows * row_bytes,
+        rows * value_columns * kind.number,
+    )
+    return _pieces(shared) + threads * _pieces(own)
+
+
+def backward_workspace(problem: Problem) -> int:
+    """What csrc/cpu/attention_backward.h lays out."""
+    if _is_empty(problem):
+        return 0
+    kind, batch, queries, keys, threads = _sizes(problem)
+    depth, value_depth = kind.grouped(problem.depth), kind.grouped(problem.value_depth)
+    depth_columns, value_columns = kind.columns(problem.depth), kind.columns(problem.value_depth)
+    key_columns, key_depth = kind.columns(keys), kind.grouped(keys)
+    key_rows = _up(keys, TALL_PANEL)
+    score_bytes = kind.stride(key_columns, kind.number) * kind.number
+
+    packed = key_columns * (depth + value_depth) + depth_columns * key_depth
+    sums = key_rows * (depth_columns + value_columns)
+    item_bytes = packed * kind.factor + sums * kind.number
+    row_bytes = (2 * key_rows + depth_columns + value_columns) * kind.factor
+    most = min(MOST_ROWS, SCORE_BYTES // (2 * score_bytes))
+    least = min(_up(max(most, 1), kind.depth), _up(queries, kind.tile_rows))
+    items = _items_at_a_time(batch, item_bytes + row_bytes * least)
+
+    rows = kind.rows_of_block(queries, most, _blocks_of(BLOCKS_OF_THREAD * threads, items))
+    limit = max(0, _limit() - items * item_bytes)
+    blocks = min(FACTOR_BYTES, limit) // (row_bytes * items * rows)
+    blocks = max(blocks, _blocks_of(2 * threads, items))
+    even = _blocks_of(queries, _blocks_of(queries, _up(blocks * rows, kind.depth)))
+    superblock = min(_up(even, kind.depth), _up(queries, rows))
+
+    of_row = (key_rows, key_rows, value_columns, depth_columns)
+    shared = (
+        items * key_columns * depth * kind.factor,
+        items * key_columns * value_depth * kind.factor,
+        items * depth_columns * key_depth * kind.factor,
+        *(items * numbers * superblock * kind.factor for numbers in of_row),
+        items * key_rows * value_columns * kind.number,
+        items * key_rows * depth_columns * kind.number,
+    )
+    own = (
+        rows * kind.stride(problem.depth, kind.factor) * kind.factor,
+        rows * kind.stride(problem.value_depth, kind.factor) * kind.factor,
+        rows * score_bytes,
+        rows * score_bytes,
+        rows * depth_columns * kind.number,
+    )
+    return _pieces(shared) + threads * _pieces(own)
 
 
 def linear_forward(problem: Problem) -> int:
-    """Packed positions of some items, their states twice; each thread's rows."""
-    return _linear(problem, states=2)
+    """Packed positions of some items, their states twice; each thread's rows (linear.h)."""
+    return _linear(problem, packed_states=1)
 
 
 def linear_backward(problem: Problem) -> int:
     """As the forward, with the other state."""
-    return _linear(problem, states=3)
+    return _linear(problem, packed_states=2)
 
 
-def _linear(problem: Problem, states: int) -> int:
+def _linear(problem: Problem, packed_states: int) -> int:
+    if _is_empty(problem):
+        return 0
+    kind, batch, queries, keys, threads = _sizes(problem)
+    depth, value_depth = _up(problem.depth, TALL_PANEL), _up(problem.value_depth, TALL_PANEL)
+    area, widest, most = depth * value_depth, max(depth, value_depth), max(queries, keys)
+    row_bytes = (depth + value_depth) * kind.factor
+    chunk = kind.grouped(min(most, max(LINEAR_ROWS, CHUNK_BYTES // row_bytes)))
+    items = _items_at_a_time(batch, area * (kind.factor + kind.number) + row_bytes * chunk)
+    rows = kind.rows_of_block(most, LINEAR_ROWS, _blocks_of(BLOCKS_OF_THREAD * threads, items))
+    factor_row = max(kind.stride(n, kind.factor) for n in (problem.depth, problem.value_depth))
+    shared = (
+        items * widest * chunk * kind.factor,
+        items * widest * chunk * kind.factor,
+        items * area * kind.number,
+        *(items * area * kind.factor for _ in range(packed_states)),
+    )
+    own = (rows * factor_row * kind.factor, rows * widest * kind.number)
+    return _pieces(shared) + threads * _pieces(own)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """An instruction set's layouts for a dtype; sizes of numbers in bytes."""
+
+    factor: int  # of what products multiply
+    number: int  # of a sum
+    lanes: int
+    tile_rows: int
+
+    @property
+    def group(self) -> int:
+        """Numbers of the depth that one instruction multiplies and adds."""
+        return 2 if self.factor == 2 else 1
+
+    @property
+    def depth(self) -> int:
+        """Depth of a part of a panel."""
+        return 128 * self.group
+
+    def grouped(self, numbers: int) -> int:
+        return _up(numbers, self.group)
+
+    def columns(self, columns: int) -> int:
+        """Columns with the pads of panels, of which the last may be half as wide."""
+        return _up(columns, self.lanes)
+
+    def stride(self, columns: int, size: int) -> int:
+        """Numbers from one packed row to the next: never whole ways of a cache."""
+        numbers = _up(columns, 2 if size == 2 else 1)
+        return numbers + LINE // size if numbers * size % WAY == 0 else numbers
+
+    def rows_of_block(self, rows: int, most: int, blocks: int) -> int:
+        """Rows of a block so that there are at least so many blocks."""
+        most = max(self.tile_rows, most // self.tile_rows * self.tile_rows)
+        needed = _blocks_of(rows, most)
+        even = _blocks_of(rows, max(blocks, needed))
+        step = 2 * ROW_STEP if needed < 2 * blocks else self.tile_rows
+        return min(most, _up(even, step))
+
+
+@functools.cache
+def _kind(isa: str, dtype: torch.dtype) -> _Kind:
+    number = accumulator_dtype(dtype).itemsize
+    pairs = isa == "avx512_bf16" and dtype == torch.bfloat16
+    vector = VECTOR_BYTES[isa]
+    return _Kind(2 if pairs else number, number, vector // number, 12 if vector == 64 else 6)
+
+
+def _is_empty(problem: Problem) -> bool:
+    """Whether nothing is computed."""
+    return 0 in (*problem[:3], problem.value_depth)
+
+
+def _sizes(problem: Problem) -> tuple[_Kind, int, int, int, int]:
+    """Layouts, batch, queries, keys and threads."""
+    kind = _kind(_ext.isa_name(), problem.dtype)
+    return kind, *problem[:3], _cpp.threads(*problem[:5])
+
+
+def _statistics(problem: Problem) -> int:
     wide = accumulator_dtype(problem.dtype).itemsize
-    depth, value_depth = (_up(n, TALL_PANEL) for n in (problem.depth, problem.value_depth))
-    widest, row = max(depth, value_depth), wide * (depth + value_depth)
-    positions = max(problem.queries, problem.keys)
-    chunk = min(positions, max(LINEAR_ROWS, LINEAR_BYTES // row)) + 1
-    state = wide * depth * value_depth
-    packed = 2 * wide * widest * chunk + states * state
-    shared = _of_items(problem, packed, 2 * state + row * chunk)
-    own = min(LINEAR_ROWS, positions + TILE_ROWS) * (2 * wide * widest + LINE)
-    return shared + _threads(problem) * own + 16 * LINE
+    return problem.batch * problem.queries * wide
 
 
-def _padded(problem: Problem) -> tuple[int, int, int, int]:
-    """Bytes of a number, and keys and depths in whole panels."""
-    wide = accumulator_dtype(problem.dtype).itemsize
-    depths = (_up(n, PANEL) for n in (problem.depth, problem.value_depth))
-    return wide, _up(problem.keys, TALL_PANEL), *depths
+def _items_at_a_time(batch: int, item_bytes: int) -> int:
+    return max(1, min(batch, min(ITEMS_BYTES, _limit() // 2) // item_bytes))
 
 
-def _threads(problem: Problem) -> int:
-    return _cpp.threads(*problem[:5])
+def _limit() -> int:
+    return int(DEFAULT_WORKSPACE_MIB["cpu"] * MIB)
 
 
-def _rows(problem: Problem, bytes_of_row: int, items: int) -> int:
-    """Rows of a thread's block, at most: four blocks a thread where there are so many rows."""
-    most = max(TILE_ROWS, min(MOST_ROWS, SCORE_BYTES // bytes_of_row) // TILE_ROWS * TILE_ROWS)
-    blocks = max(-(-4 * _threads(problem) // items), -(-problem.queries // most))
-    return min(most, _up(-(-problem.queries // blocks), TILE_ROWS))
+def _pieces(sizes: tuple[int, ...]) -> int:
+    """Pieces of a workspace, each of whole lines."""
+    return sum(_up(size, LINE) for size in sizes)
 
 
-def _most_items(problem: Problem, fewest: int) -> int:
-    """Items that are taken at a time, at most: of the fewest bytes that one can have."""
-    return max(1, min(problem.batch, _most_bytes() // fewest))
-
-
-def _of_items(problem: Problem, item: int, counted: int) -> int:
-    """Bytes of the items that are taken at a time, of which `counted` each are within the limit."""
-    return max(item, min(problem.batch * item, -(-_most_bytes() * item // counted)))
-
-
-def _most_bytes() -> int:
-    return min(ITEMS_BYTES, int(DEFAULT_WORKSPACE_MIB["cpu"] * MIB) // 2)
+def _blocks_of(number: int, size: int) -> int:
+    return -(-number // size)
 
 
 def _up(number: int, multiple: int) -> int:
