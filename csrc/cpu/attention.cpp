@@ -10,7 +10,7 @@ namespace NLK_ISA {
 std::int64_t attention_forward_workspace(const AttentionProblem& problem) {
   return with_dtype(problem.dtype, [&](auto number) {
     typedef decltype(number) T;
-    if (problem.affinity == Affinity::kLinear) return Linear<T>(problem).lay_out(nullptr, false);
+    if (problem.affinity == Affinity::kLinear) return linear_workspace<T>(problem, false);
     return Forward<T>(problem).lay_out(nullptr);
   });
 }
@@ -18,7 +18,7 @@ std::int64_t attention_forward_workspace(const AttentionProblem& problem) {
 std::int64_t attention_backward_workspace(const AttentionProblem& problem) {
   return with_dtype(problem.dtype, [&](auto number) {
     typedef decltype(number) T;
-    if (problem.affinity == Affinity::kLinear) return Linear<T>(problem).lay_out(nullptr, true);
+    if (problem.affinity == Affinity::kLinear) return linear_workspace<T>(problem, true);
     return Backward<T>(problem).lay_out(nullptr);
   });
 }
@@ -26,7 +26,7 @@ std::int64_t attention_backward_workspace(const AttentionProblem& problem) {
 bool attention_forward(const AttentionForward& call) {
   return with_dtype(call.problem.dtype, [&](auto number) {
     typedef decltype(number) T;
-    if (call.problem.affinity == Affinity::kLinear) return Linear<T>(call.problem).run(call);
+    if (call.problem.affinity == Affinity::kLinear) return run_linear<T>(call);
     return Forward<T>(call.problem).run(call);
   });
 }
@@ -34,7 +34,7 @@ bool attention_forward(const AttentionForward& call) {
 bool attention_backward(const AttentionBackward& call) {
   return with_dtype(call.problem.dtype, [&](auto number) {
     typedef decltype(number) T;
-    if (call.problem.affinity == Affinity::kLinear) return Linear<T>(call.problem).run(call);
+    if (call.problem.affinity == Affinity::kLinear) return run_linear<T>(call);
     return Backward<T>(call.problem).run(call);
   });
 }

@@ -4,9 +4,12 @@
 //   dstate = Q^T dO;        dK = V dstate^T;  dV = K dstate        all times scale / M
 //
 // A state is summed over chunks of positions that are packed together. States are kept in the type
-// that sums have, and become factors of the second product, rounded as its other factor is.
+// that sums have, and become factors of the second product, rounded as its other factor is. Where
+// the batch comes out even, each thread takes whole items: what it packs stays in its own cache.
 #ifndef NLK_CPU_LINEAR_H_
 #define NLK_CPU_LINEAR_H_
+
+#include <array>
 
 #include "cpu/attention_plan.h"
 #include "cpu/pack.h"
@@ -19,7 +22,7 @@ template <typename T>
 class Linear {
   typedef typename FactorOf<T>::Type E;
   typedef Computed<T> Number;
-  static constexpr std::int64_t kChunkBytes = 1 << 20;  // of packed positions
+  static constexpr std::int64_t kChunkBytes = 512 << 10;  // of packed positions
   static constexpr std::int64_t kRows = 96;
 
  public:
@@ -29,7 +32,8 @@ class Linear {
     const std::int64_t row_bytes = (depth_ + value_depth_) * std::int64_t{sizeof(E)};
     const std::int64_t states = depth_ * value_depth_ * std::int64_t{sizeof(E) + sizeof(Number)};
     const std::int64_t most = larger_of(p_.queries, p_.keys);
-    chunk_ = rounded_up(smaller_of(most, larger_of(kRows, kChunkBytes / row_bytes)), kGroup<E>);
+    const std::int64_t chunk = larger_of(kDepth<E>, kChunkBytes / row_bytes);
+    chunk_ = rounded_up(smaller_of(most, chunk), kGroup<E>);
     items_ = items_at_a_time(p_, states + row_bytes * chunk_);
     rows_ = rows_of_block(most, kRows, blocks_of(kBlocksOfThread * p_.threads, items_));
   }
@@ -179,6 +183,52 @@ class Linear {
   E* factors_ = nullptr;  // from here on each thread's own
   Number* results_ = nullptr;
 };
+
+inline std::array<Operand*, 4> operands_of(AttentionForward& call) {
+  return {&call.query, &call.key, &call.value, &call.out};
+}
+inline std::array<Operand*, 7> operands_of(AttentionBackward& call) {
+  return {&call.grad,    &call.query, &call.key,    &call.value,
+          &call.d_query, &call.d_key, &call.d_value};
+}
+
+// The problem that each thread has for itself, of some items of the batch; the whole one where it
+// does not come out even, or where what a thread has would not stay near it.
+template <typename T>
+AttentionProblem share_of(const AttentionProblem& problem, bool backward) {
+  if (problem.batch % problem.threads != 0) return problem;
+  AttentionProblem share = problem;
+  share.batch /= problem.threads;
+  share.workspace_limit /= problem.threads;
+  share.threads = 1;
+  const std::int64_t most = smaller_of(kItemsBytes, share.workspace_limit);
+  return Linear<T>(share).lay_out(nullptr, backward) <= most ? share : problem;
+}
+
+template <typename T>
+std::int64_t linear_workspace(const AttentionProblem& problem, bool backward) {
+  const AttentionProblem share = share_of<T>(problem, backward);
+  return problem.threads / share.threads * Linear<T>(share).lay_out(nullptr, backward);
+}
+
+template <typename T, typename Call>
+bool run_linear(const Call& call) {
+  constexpr bool backward = std::is_same_v<Call, AttentionBackward>;
+  const AttentionProblem share = share_of<T>(call.problem, backward);
+  const std::int64_t shares = call.problem.threads / share.threads;
+  if (shares == 1) return Linear<T>(share).run(call);
+  const std::int64_t bytes = Linear<T>(share).lay_out(nullptr, backward);
+  auto body = [&](std::int64_t task, int) {
+    Call part = call;
+    part.problem = share;
+    part.workspace = static_cast<char*>(call.workspace) + task * bytes;
+    for (Operand* operand : operands_of(part)) {
+      operand->data = static_cast<T*>(operand->data) + task * share.batch * operand->item;
+    }
+    Linear<T>(share).run(part);
+  };
+  return parallel(static_cast<int>(shares), shares, body);
+}
 
 }  // namespace
 }  // namespace NLK_ISA

@@ -72,6 +72,25 @@ void test_results_do_not_depend_on_threads() {
   for (int threads : {2, 5}) expect(two_phases(threads) == alone, "equal sums", threads, 500);
 }
 
+// Ten tasks call for as many themselves; each of these is run by the task's thread, as thread 0.
+void test_tasks_call() {
+  for (int threads : {1, 3}) {
+    std::vector<Counts> counts(10, Counts(10));
+    const bool finished = nlk::parallel_for(
+        threads, 10,
+        [](void* shared, std::int64_t task, int) {
+          auto& own = (*static_cast<std::vector<Counts>*>(shared))[task];
+          expect(nlk::parallel_for(3, 10, count, &own), "inner finished");
+        },
+        &counts);
+    expect(finished, "outer finished", threads);
+    for (const Counts& own : counts) {
+      expect(own.ran == std::vector<int>(10, 1), "every inner task once", threads);
+      expect(own.on == std::vector<int>(10, 0), "inner tasks on thread 0", threads);
+    }
+  }
+}
+
 void test_callers_at_once() {
   Counts first(3000), second(3000);
   std::thread other([&] { nlk::parallel_for(3, 3000, count, &second); });
@@ -84,6 +103,15 @@ void test_callers_at_once() {
 
 std::atomic<std::thread::id> asked_on;
 
+void take_long(void* context, std::int64_t, int) {
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  ++*static_cast<std::atomic<int>*>(context);
+}
+
+void call_for_long(void* context, std::int64_t, int) {
+  expect(!nlk::parallel_for(3, 1000, take_long, context), "a task's work says so, too");
+}
+
 void test_interrupt() {
   nlk::set_interrupt([] {
     asked_on = std::this_thread::get_id();
@@ -91,15 +119,15 @@ void test_interrupt() {
   });
   for (int threads : {1, 3}) {
     std::atomic<int> ran{0};
-    const bool finished = nlk::parallel_for(
-        threads, 1000,
-        [](void* context, std::int64_t, int) {
-          std::this_thread::sleep_for(std::chrono::milliseconds(5));
-          ++*static_cast<std::atomic<int>*>(context);
-        },
-        &ran);
+    const bool finished = nlk::parallel_for(threads, 1000, take_long, &ran);
     expect(!finished, "says that it was interrupted", threads, 1000);
     expect(ran > 0 && ran < 500, "stops early", threads, 1000);
+    expect(asked_on.load() == std::this_thread::get_id(), "asks on the caller", threads, 1000);
+    // As many tasks as threads, which call for what takes long.
+    ran = 0;
+    const bool all_finished = nlk::parallel_for(threads, threads, call_for_long, &ran);
+    expect(!all_finished, "says that a task's work was interrupted", threads, 1000);
+    expect(ran > 0 && ran < 500, "stops the work of all tasks early", threads, 1000);
     expect(asked_on.load() == std::this_thread::get_id(), "asks on the caller", threads, 1000);
   }
   nlk::set_interrupt(nullptr);
@@ -127,6 +155,7 @@ void test_forked_child() {
 int main() {
   test_every_task_runs_once();
   test_results_do_not_depend_on_threads();
+  test_tasks_call();
   test_callers_at_once();
   test_interrupt();
   test_forked_child();

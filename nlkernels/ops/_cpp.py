@@ -21,8 +21,10 @@ sums) and A bytes a sum (4, or 8 in float64), with sizes rounded up to whole vec
   backward : F M (2 D + V) + A M (D + V) for an item; F (2 M + D + V) for each row of a superblock,
              which has at least two blocks of rows for each thread, rounded up to 128 rows (256 of
              pairs); for each thread 12 to 192 rows of 2 A M + A D + F (D + V);
-  linear   : 2 F R max(D, V), at most 2 MiB, with R positions, and (A + F) D V, + F D V in the
-             backward, for an item; for each thread 96 rows of (A + F) max(D, V).
+  linear   : 2 F R max(D, V), with R positions, 512 KiB of packed ones or 128 (256 of pairs), and
+             (A + F) D V, + F D V in the backward, for an item; for each thread 96 rows of (A + F)
+             max(D, V). Where the batch is a multiple of the threads and this is at most 4 MiB and
+             within the limit, each thread has an item of its own.
 These least sizes apply whatever `workspace_mib` (10 where None) is. Within it several items are
 taken at a time where theirs is at most 4 MiB, a thread takes more rows as long as its scores are
 within 1 MiB, and a superblock, where its factors are within 8 MiB.

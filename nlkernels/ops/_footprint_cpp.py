@@ -21,7 +21,7 @@ TALL_PANEL, ROW_STEP, LINE, WAY = 48, 3, 64, 4096
 MOST_ROWS, BLOCKS_OF_THREAD = 192, 4
 SCORE_BYTES, ITEMS_BYTES, FACTOR_BYTES = MIB, 4 * MIB, 8 * MIB
 # linear.h.
-LINEAR_ROWS, CHUNK_BYTES = 96, MIB
+LINEAR_ROWS, CHUNK_BYTES = 96, MIB // 2
 
 
 def forward(problem: Problem) -> int:
@@ -39,15 +39,16 @@ def forward_workspace(problem: Problem) -> int:
     """What csrc/cpu/attention_forward.h lays out."""
     if _is_empty(problem):
         return 0
-    kind, batch, queries, keys, threads = _sizes(problem)
+    kind, batch, queries, keys = _sizes(problem)
+    threads, limit = _threads(problem), _limit()
     depth, value_columns = kind.grouped(problem.depth), kind.columns(problem.value_depth)
     key_columns, key_depth = kind.columns(keys), kind.grouped(keys)
     score_row = kind.stride(key_columns, kind.number)
     query_row = kind.stride(problem.depth, kind.factor)
     item_bytes = (key_columns * depth + value_columns * key_depth) * kind.factor
-    items = _items_at_a_time(batch, item_bytes)
+    items = _items_at_a_time(batch, item_bytes, limit)
     row_bytes = score_row * kind.number
-    free = (_limit() - items * item_bytes) // threads
+    free = (limit - items * item_bytes) // threads
     all_bytes = row_bytes + query_row * kind.factor + value_columns * kind.number
     most = min(MOST_ROWS, SCORE_BYTES // row_bytes, free // all_bytes)
     rows = kind.rows_of_block(queries, most, _blocks_of(BLOCKS_OF_THREAD * threads, items))
@@ -67,7 +68,8 @@ def backward_workspace(problem: Problem) -> int:
     """What csrc/cpu/attention_backward.h lays out."""
     if _is_empty(problem):
         return 0
-    kind, batch, queries, keys, threads = _sizes(problem)
+    kind, batch, queries, keys = _sizes(problem)
+    threads, limit = _threads(problem), _limit()
     depth, value_depth = kind.grouped(problem.depth), kind.grouped(problem.value_depth)
     depth_columns, value_columns = kind.columns(problem.depth), kind.columns(problem.value_depth)
     key_columns, key_depth = kind.columns(keys), kind.grouped(keys)
@@ -80,11 +82,11 @@ def backward_workspace(problem: Problem) -> int:
     row_bytes = (2 * key_rows + depth_columns + value_columns) * kind.factor
     most = min(MOST_ROWS, SCORE_BYTES // (2 * score_bytes))
     least = min(_up(max(most, 1), kind.depth), _up(queries, kind.tile_rows))
-    items = _items_at_a_time(batch, item_bytes + row_bytes * least)
+    items = _items_at_a_time(batch, item_bytes + row_bytes * least, limit)
 
     rows = kind.rows_of_block(queries, most, _blocks_of(BLOCKS_OF_THREAD * threads, items))
-    limit = max(0, _limit() - items * item_bytes)
-    blocks = min(FACTOR_BYTES, limit) // (row_bytes * items * rows)
+    free = max(0, limit - items * item_bytes)
+    blocks = min(FACTOR_BYTES, free) // (row_bytes * items * rows)
     blocks = max(blocks, _blocks_of(2 * threads, items))
     even = _blocks_of(queries, _blocks_of(queries, _up(blocks * rows, kind.depth)))
     superblock = min(_up(even, kind.depth), _up(queries, rows))
@@ -119,14 +121,26 @@ def linear_backward(problem: Problem) -> int:
 
 
 def _linear(problem: Problem, packed_states: int) -> int:
+    """Of each thread's own share of the batch, or of all threads for all of it."""
     if _is_empty(problem):
         return 0
-    kind, batch, queries, keys, threads = _sizes(problem)
+    threads, limit = _threads(problem), _limit()
+    if problem.batch % threads == 0:
+        share = problem._replace(batch=problem.batch // threads)
+        own = _linear_share(share, packed_states, 1, limit // threads)
+        if own <= min(ITEMS_BYTES, limit // threads):
+            return threads * own
+    return _linear_share(problem, packed_states, threads, limit)
+
+
+def _linear_share(problem: Problem, packed_states: int, threads: int, limit: int) -> int:
+    kind, batch, queries, keys = _sizes(problem)
     depth, value_depth = _up(problem.depth, TALL_PANEL), _up(problem.value_depth, TALL_PANEL)
     area, widest, most = depth * value_depth, max(depth, value_depth), max(queries, keys)
     row_bytes = (depth + value_depth) * kind.factor
-    chunk = kind.grouped(min(most, max(LINEAR_ROWS, CHUNK_BYTES // row_bytes)))
-    items = _items_at_a_time(batch, area * (kind.factor + kind.number) + row_bytes * chunk)
+    chunk = kind.grouped(min(most, max(kind.depth, CHUNK_BYTES // row_bytes)))
+    item_bytes = area * (kind.factor + kind.number) + row_bytes * chunk
+    items = _items_at_a_time(batch, item_bytes, limit)
     rows = kind.rows_of_block(most, LINEAR_ROWS, _blocks_of(BLOCKS_OF_THREAD * threads, items))
     factor_row = max(kind.stride(n, kind.factor) for n in (problem.depth, problem.value_depth))
     shared = (
@@ -192,10 +206,13 @@ def _is_empty(problem: Problem) -> bool:
     return 0 in (*problem[:3], problem.value_depth)
 
 
-def _sizes(problem: Problem) -> tuple[_Kind, int, int, int, int]:
-    """Layouts, batch, queries, keys and threads."""
-    kind = _kind(_ext.isa_name(), problem.dtype)
-    return kind, *problem[:3], _cpp.threads(*problem[:5])
+def _sizes(problem: Problem) -> tuple[_Kind, int, int, int]:
+    """Layouts, batch, queries and keys."""
+    return _kind(_ext.isa_name(), problem.dtype), *problem[:3]
+
+
+def _threads(problem: Problem) -> int:
+    return _cpp.threads(*problem[:5])
 
 
 def _statistics(problem: Problem) -> int:
@@ -203,8 +220,8 @@ def _statistics(problem: Problem) -> int:
     return problem.batch * problem.queries * wide
 
 
-def _items_at_a_time(batch: int, item_bytes: int) -> int:
-    return max(1, min(batch, min(ITEMS_BYTES, _limit() // 2) // item_bytes))
+def _items_at_a_time(batch: int, item_bytes: int, limit: int) -> int:
+    return max(1, min(batch, min(ITEMS_BYTES, limit // 2) // item_bytes))
 
 
 def _limit() -> int:

@@ -308,6 +308,7 @@ def test_repeats_threads_and_workspaces_change_no_bit(way, case, dtype):
         (1, 0),
         (2, 0),
         (3, 0.3),
+        (3, None),
         (5, None),
         (1, None),
         (2, 0.3),

@@ -9,7 +9,8 @@ namespace nlk {
 
 // Calls run(context, task, thread) for every task in [0, tasks), each once, in any order, on at
 // most `threads` threads; `thread` in [0, threads) names the one that runs it. Returns after all
-// have ended. What a task wrote before is seen by every task of the next call.
+// have ended. What a task wrote before is seen by every task of the next call. A task may call it,
+// too: its thread then does everything, as thread 0.
 //
 // Returns false when the interrupt below asked to stop: then some tasks were not run.
 // In a process that was forked one thread does everything: the pool of OpenMP does not survive.
