@@ -146,6 +146,7 @@ void bind_attention(py::module_& module) {
                                                 operand(value),
                                                 operand(out),
                                                 address<void>(stats),
+                                                problem.batch * problem.queries,
                                                 address<void>(workspace)};
                run([&] { return nlk::attention_forward(static_cast<Isa>(isa), call); });
              });

@@ -113,14 +113,14 @@ class Forward {
       if (r >= rows || p_.affinity != Affinity::kSoftmax) continue;
       Number* stats = static_cast<Number*>(call.stats) + item * p_.queries + first + r;
       stats[0] = statistics.extreme;
-      stats[p_.batch * p_.queries] = statistics.total;
+      stats[call.stats_plane] = statistics.total;
     }
     multiply<E>(in_rows(weights, stride), value_panels_ + slot * value_columns_ * key_depth_,
                 key_depth_, padded, p_.value_depth, key_depth_, results, value_columns_, false);
     T* out = static_cast<T*>(call.out.data) + item * call.out.item + first * call.out.row;
     if (p_.affinity == Affinity::kSoftmax) {
-      const Number* totals = static_cast<const Number*>(call.stats) +
-                             (p_.batch + item) * p_.queries + first;
+      const Number* totals = static_cast<const Number*>(call.stats) + call.stats_plane +
+                             item * p_.queries + first;
       for (std::int64_t r = 0; r < rows; ++r) divide(results + r * value_columns_, totals[r]);
     }
     write<T>(results, value_columns_, 1, out, call.out.row, call.out.channel, rows,

@@ -32,6 +32,7 @@ constexpr std::int64_t kItemsBytes = 4 << 20;
 constexpr std::int64_t kBlocksOfThread = 4;
 
 NLK_INLINE std::int64_t items_at_a_time(const AttentionProblem& problem, std::int64_t item_bytes) {
+  if (problem.threads == 1) return 1;
   const std::int64_t bytes = smaller_of(kItemsBytes, problem.workspace_limit / 2);
   return larger_of(1, smaller_of(problem.batch, bytes / item_bytes));
 }

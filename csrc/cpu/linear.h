@@ -4,12 +4,9 @@
 //   dstate = Q^T dO;        dK = V dstate^T;  dV = K dstate        all times scale / M
 //
 // A state is summed over chunks of positions that are packed together. States are kept in the type
-// that sums have, and become factors of the second product, rounded as its other factor is. Where
-// the batch comes out even, each thread takes whole items: what it packs stays in its own cache.
+// that sums have, and become factors of the second product, rounded as its other factor is.
 #ifndef NLK_CPU_LINEAR_H_
 #define NLK_CPU_LINEAR_H_
-
-#include <array>
 
 #include "cpu/attention_plan.h"
 #include "cpu/pack.h"
@@ -26,7 +23,7 @@ class Linear {
   static constexpr std::int64_t kRows = 96;
 
  public:
-  explicit Linear(const AttentionProblem& problem) : p_(problem) {
+  Linear(const AttentionProblem& problem, bool backward) : p_(problem), backward_(backward) {
     depth_ = rounded_up(p_.depth, kTallPanel);
     value_depth_ = rounded_up(p_.value_depth, kTallPanel);
     const std::int64_t row_bytes = (depth_ + value_depth_) * std::int64_t{sizeof(E)};
@@ -38,14 +35,14 @@ class Linear {
     rows_ = rows_of_block(most, kRows, blocks_of(kBlocksOfThread * p_.threads, items_));
   }
 
-  std::int64_t lay_out(void* workspace, bool backward) {
+  std::int64_t lay_out(void* workspace) {
     Pieces pieces(workspace);
     const std::int64_t area = items_ * depth_ * value_depth_;
     tall_ = pieces.take<E>(items_ * larger_of(depth_, value_depth_) * chunk_);
     wide_ = pieces.take<E>(items_ * larger_of(depth_, value_depth_) * chunk_);
     sums_ = pieces.take<Number>(area);
     state_ = pieces.take<E>(area);
-    if (backward) other_state_ = pieces.take<E>(area);
+    if (backward_) other_state_ = pieces.take<E>(area);
     const std::int64_t shared = pieces.bytes();
     const std::int64_t widest = larger_of(depth_, value_depth_);
     // Strides do not grow with depths everywhere: either may be the wider.
@@ -57,7 +54,7 @@ class Linear {
   }
 
   bool run(const AttentionForward& call) {
-    lay_out(call.workspace, false);
+    lay_out(call.workspace);
     for (first_ = 0; first_ < p_.batch; first_ += items_) {
       count_ = smaller_of(items_, p_.batch - first_);
       const bool done = sum(call.key, p_.depth, call.value, p_.value_depth, p_.keys) &&
@@ -69,7 +66,7 @@ class Linear {
   }
 
   bool run(const AttentionBackward& call) {
-    lay_out(call.workspace, true);
+    lay_out(call.workspace);
     const std::int64_t depth = p_.depth, value_depth = p_.value_depth;
     for (first_ = 0; first_ < p_.batch; first_ += items_) {
       count_ = smaller_of(items_, p_.batch - first_);
@@ -176,6 +173,7 @@ class Linear {
   }
 
   AttentionProblem p_;
+  bool backward_;
   std::int64_t depth_, value_depth_;  // whole panels
   std::int64_t items_, chunk_, rows_, first_ = 0, count_ = 0, thread_bytes_ = 0;
   E *tall_ = nullptr, *wide_ = nullptr, *state_ = nullptr, *other_state_ = nullptr;
@@ -183,52 +181,6 @@ class Linear {
   E* factors_ = nullptr;  // from here on each thread's own
   Number* results_ = nullptr;
 };
-
-inline std::array<Operand*, 4> operands_of(AttentionForward& call) {
-  return {&call.query, &call.key, &call.value, &call.out};
-}
-inline std::array<Operand*, 7> operands_of(AttentionBackward& call) {
-  return {&call.grad,    &call.query, &call.key,    &call.value,
-          &call.d_query, &call.d_key, &call.d_value};
-}
-
-// The problem that each thread has for itself, of some items of the batch; the whole one where it
-// does not come out even, or where what a thread has would not stay near it.
-template <typename T>
-AttentionProblem share_of(const AttentionProblem& problem, bool backward) {
-  if (problem.batch % problem.threads != 0) return problem;
-  AttentionProblem share = problem;
-  share.batch /= problem.threads;
-  share.workspace_limit /= problem.threads;
-  share.threads = 1;
-  const std::int64_t most = smaller_of(kItemsBytes, share.workspace_limit);
-  return Linear<T>(share).lay_out(nullptr, backward) <= most ? share : problem;
-}
-
-template <typename T>
-std::int64_t linear_workspace(const AttentionProblem& problem, bool backward) {
-  const AttentionProblem share = share_of<T>(problem, backward);
-  return problem.threads / share.threads * Linear<T>(share).lay_out(nullptr, backward);
-}
-
-template <typename T, typename Call>
-bool run_linear(const Call& call) {
-  constexpr bool backward = std::is_same_v<Call, AttentionBackward>;
-  const AttentionProblem share = share_of<T>(call.problem, backward);
-  const std::int64_t shares = call.problem.threads / share.threads;
-  if (shares == 1) return Linear<T>(share).run(call);
-  const std::int64_t bytes = Linear<T>(share).lay_out(nullptr, backward);
-  auto body = [&](std::int64_t task, int) {
-    Call part = call;
-    part.problem = share;
-    part.workspace = static_cast<char*>(call.workspace) + task * bytes;
-    for (Operand* operand : operands_of(part)) {
-      operand->data = static_cast<T*>(operand->data) + task * share.batch * operand->item;
-    }
-    Linear<T>(share).run(part);
-  };
-  return parallel(static_cast<int>(shares), shares, body);
-}
 
 }  // namespace
 }  // namespace NLK_ISA

@@ -206,7 +206,7 @@ int check(nlk::Isa isa, unsigned seed) {
   {
     const auto memory = workspace(nlk::attention_forward_workspace(isa, p));
     nlk::attention_forward(isa, {p, query.operand, key.operand, value.operand, out.operand,
-                                 stats.get(), memory.get()});
+                                 stats.get(), p.batch * p.queries, memory.get()});
   }
   {
     const auto memory = workspace(nlk::attention_backward_workspace(isa, p));

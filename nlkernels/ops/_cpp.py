@@ -23,11 +23,12 @@ sums) and A bytes a sum (4, or 8 in float64), with sizes rounded up to whole vec
              pairs); for each thread 12 to 192 rows of 2 A M + A D + F (D + V);
   linear   : 2 F R max(D, V), with R positions, 512 KiB of packed ones or 128 (256 of pairs), and
              (A + F) D V, + F D V in the backward, for an item; for each thread 96 rows of (A + F)
-             max(D, V). Where the batch is a multiple of the threads and this is at most 4 MiB and
-             within the limit, each thread has an item of its own.
-These least sizes apply whatever `workspace_mib` (10 where None) is. Within it several items are
-taken at a time where theirs is at most 4 MiB, a thread takes more rows as long as its scores are
-within 1 MiB, and a superblock, where its factors are within 8 MiB.
+             max(D, V).
+These least sizes apply whatever `workspace_mib` (10 where None) is. Where the batch is a multiple
+of the threads, and all this for one thread and one item times the threads is within it, each thread
+has it for items of its own. Else several items are taken at a time where theirs is at most 4 MiB. A
+thread takes more rows as long as its scores are within 1 MiB, and a superblock, where its factors
+are within 8 MiB.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """How many bytes attention in C++ takes on CPUs beyond its operands and results.
 
-The plans of csrc/cpu/attention_forward.h, attention_backward.h and linear.h, in their terms, for
-the instruction set that is in use: known without loading, let alone compiling, the module.
+The plans of csrc/cpu/attention_forward.h, attention_backward.h, linear.h and shares.h, in their
+terms, for the instruction set that is in use: known without loading the module.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,17 +37,18 @@ def backward(problem: Problem) -> int:
 
 
 def forward_workspace(problem: Problem) -> int:
-    """What csrc/cpu/attention_forward.h lays out."""
-    if _is_empty(problem):
-        return 0
+    """What csrc/cpu/attention_forward.h lays out, by shares."""
+    return _of_shares(problem, _forward)
+
+
+def _forward(problem: Problem, threads: int, limit: int) -> int:
     kind, batch, queries, keys = _sizes(problem)
-    threads, limit = _threads(problem), _limit()
     depth, value_columns = kind.grouped(problem.depth), kind.columns(problem.value_depth)
     key_columns, key_depth = kind.columns(keys), kind.grouped(keys)
     score_row = kind.stride(key_columns, kind.number)
     query_row = kind.stride(problem.depth, kind.factor)
     item_bytes = (key_columns * depth + value_columns * key_depth) * kind.factor
-    items = _items_at_a_time(batch, item_bytes, limit)
+    items = _items_at_a_time(batch, item_bytes, threads, limit)
     row_bytes = score_row * kind.number
     free = (limit - items * item_bytes) // threads
     all_bytes = row_bytes + query_row * kind.factor + value_columns * kind.number
@@ -65,11 +67,12 @@ def forward_workspace(problem: Problem) -> int:
 
 
 def backward_workspace(problem: Problem) -> int:
-    """What csrc/cpu/attention_backward.h lays out."""
-    if _is_empty(problem):
-        return 0
+    """What csrc/cpu/attention_backward.h lays out, by shares."""
+    return _of_shares(problem, _backward)
+
+
+def _backward(problem: Problem, threads: int, limit: int) -> int:
     kind, batch, queries, keys = _sizes(problem)
-    threads, limit = _threads(problem), _limit()
     depth, value_depth = kind.grouped(problem.depth), kind.grouped(problem.value_depth)
     depth_columns, value_columns = kind.columns(problem.depth), kind.columns(problem.value_depth)
     key_columns, key_depth = kind.columns(keys), kind.grouped(keys)
@@ -82,7 +85,7 @@ def backward_workspace(problem: Problem) -> int:
     row_bytes = (2 * key_rows + depth_columns + value_columns) * kind.factor
     most = min(MOST_ROWS, SCORE_BYTES // (2 * score_bytes))
     least = min(_up(max(most, 1), kind.depth), _up(queries, kind.tile_rows))
-    items = _items_at_a_time(batch, item_bytes + row_bytes * least, limit)
+    items = _items_at_a_time(batch, item_bytes + row_bytes * least, threads, limit)
 
     rows = kind.rows_of_block(queries, most, _blocks_of(BLOCKS_OF_THREAD * threads, items))
     free = max(0, limit - items * item_bytes)
@@ -112,35 +115,22 @@ def backward_workspace(problem: Problem) -> int:
 
 def linear_forward(problem: Problem) -> int:
     """Packed positions of some items, their states twice; each thread's rows (linear.h)."""
-    return _linear(problem, packed_states=1)
+    return _of_shares(problem, functools.partial(_linear, packed_states=1))
 
 
 def linear_backward(problem: Problem) -> int:
     """As the forward, with the other state."""
-    return _linear(problem, packed_states=2)
+    return _of_shares(problem, functools.partial(_linear, packed_states=2))
 
 
-def _linear(problem: Problem, packed_states: int) -> int:
-    """Of each thread's own share of the batch, or of all threads for all of it."""
-    if _is_empty(problem):
-        return 0
-    threads, limit = _threads(problem), _limit()
-    if problem.batch % threads == 0:
-        share = problem._replace(batch=problem.batch // threads)
-        own = _linear_share(share, packed_states, 1, limit // threads)
-        if own <= min(ITEMS_BYTES, limit // threads):
-            return threads * own
-    return _linear_share(problem, packed_states, threads, limit)
-
-
-def _linear_share(problem: Problem, packed_states: int, threads: int, limit: int) -> int:
+def _linear(problem: Problem, threads: int, limit: int, packed_states: int) -> int:
     kind, batch, queries, keys = _sizes(problem)
     depth, value_depth = _up(problem.depth, TALL_PANEL), _up(problem.value_depth, TALL_PANEL)
     area, widest, most = depth * value_depth, max(depth, value_depth), max(queries, keys)
     row_bytes = (depth + value_depth) * kind.factor
     chunk = kind.grouped(min(most, max(kind.depth, CHUNK_BYTES // row_bytes)))
     item_bytes = area * (kind.factor + kind.number) + row_bytes * chunk
-    items = _items_at_a_time(batch, item_bytes, limit)
+    items = _items_at_a_time(batch, item_bytes, threads, limit)
     rows = kind.rows_of_block(most, LINEAR_ROWS, _blocks_of(BLOCKS_OF_THREAD * threads, items))
     factor_row = max(kind.stride(n, kind.factor) for n in (problem.depth, problem.value_depth))
     shared = (
@@ -201,9 +191,17 @@ def _kind(isa: str, dtype: torch.dtype) -> _Kind:
     return _Kind(2 if pairs else number, number, vector // number, 12 if vector == 64 else 6)
 
 
-def _is_empty(problem: Problem) -> bool:
-    """Whether nothing is computed."""
-    return 0 in (*problem[:3], problem.value_depth)
+def _of_shares(problem: Problem, plan: Callable[[Problem, int, int], int]) -> int:
+    """Bytes of each thread's own share of the batch, or of the whole (csrc/cpu/shares.h)."""
+    if 0 in (*problem[:3], problem.value_depth):
+        return 0
+    threads, limit = _threads(problem), _limit()
+    if problem.batch % threads == 0:
+        share = problem._replace(batch=problem.batch // threads)
+        own = plan(share, 1, limit // threads)
+        if own <= limit // threads:
+            return threads * own
+    return plan(problem, threads, limit)
 
 
 def _sizes(problem: Problem) -> tuple[_Kind, int, int, int]:
@@ -220,7 +218,9 @@ def _statistics(problem: Problem) -> int:
     return problem.batch * problem.queries * wide
 
 
-def _items_at_a_time(batch: int, item_bytes: int, limit: int) -> int:
+def _items_at_a_time(batch: int, item_bytes: int, threads: int, limit: int) -> int:
+    if threads == 1:
+        return 1
     return max(1, min(batch, min(ITEMS_BYTES, limit // 2) // item_bytes))
 
 

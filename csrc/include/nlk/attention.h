@@ -33,11 +33,12 @@ struct AttentionProblem {
 
 // out (B,N,V) = P value. For kSoftmax, stats (2,B,N), dense, in the type that sums have: of each row
 // the extreme product (the largest S, the smallest where scale < 0) and the sum of
-// exp(scale (S - extreme)).
+// exp(scale (S - extreme)). These lie `stats_plane` numbers behind those: B N in the whole.
 struct AttentionForward {
   AttentionProblem problem;
   Operand query, key, value, out;
   void* stats;
+  std::int64_t stats_plane;
   void* workspace;
 };
 
