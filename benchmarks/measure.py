@@ -31,7 +31,8 @@ BASELINES = {
 """What speed-ups are stated over: the fastest of each group within the same run."""
 
 PEER_SLACK = 4.0
-"""Errors that peers may make on a GPU, in those of the rule: refusing a fast peer would flatter."""
+"""Errors that peers may make on a GPU and in blocks, in those of the rule: refusing a fast peer
+would flatter."""
 
 Step = Callable[[], dict[str, Tensor]]
 

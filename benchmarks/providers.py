@@ -118,7 +118,8 @@ def _nonlocal(
     return nlkernels.nonlocal_attention(query, key, value, kind=kind, scale=scale, **options)
 
 
-def _available_mib(device: torch.device) -> float:
+def available_mib(device: torch.device) -> float:
+    """Memory that is free on a device, in MiB."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 2**20
     for line in Path("/proc/meminfo").read_text().splitlines():
@@ -134,7 +135,7 @@ def materialised_reason(case: Case, dtype: torch.dtype, device: torch.device) ->
 
 
 def _fits(needed: int, what: str, device: torch.device) -> str:
-    free = _available_mib(device)
+    free = available_mib(device)
     if needed <= free * 2**20:
         return SERVED
     return f"materialises {what}: needs about {needed / 2**20:.0f} MiB, {free:.0f} MiB are free"

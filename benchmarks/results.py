@@ -27,9 +27,12 @@ import nlkernels
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEMA = "nlkernels.bench_ops/1"
+MODELS_SCHEMA = "nlkernels.bench_models/1"
+BLOCKS_SCHEMA = "nlkernels.bench_blocks/1"
 
-STATUSES = ("ok", "unserved", "refused", "failed")
-"""ok: judged right and timed. unserved: not offered. refused: result is wrong. failed: raised."""
+STATUSES = ("ok", "reckoned", "unserved", "refused", "failed")
+"""ok: judged right and timed. reckoned: memory only, nothing ran. unserved: not offered.
+refused: result is wrong. failed: raised."""
 
 _INSTRUCTION_SETS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd")
 
@@ -66,18 +69,42 @@ _ROW = (
     "status",
     "reason",
 )
-_MEASURED = (
-    "time_ms",
-    "samples_ms",
-    "foreign_cores",
-    "speedup_over",
-    "nominal_tflops",
-    "share_of_gemm",
-    "peak_mib",
-    "output_mib",
-    "device_peak_mib",
-    "error",
-)
+# What a row holds beside `_ROW` when it was measured, by schema.
+_MEASURED = {
+    SCHEMA: (
+        "time_ms",
+        "samples_ms",
+        "foreign_cores",
+        "speedup_over",
+        "nominal_tflops",
+        "share_of_gemm",
+        "peak_mib",
+        "output_mib",
+        "device_peak_mib",
+        "error",
+    ),
+    MODELS_SCHEMA: (
+        "time_ms",
+        "samples_ms",
+        "foreign_cores",
+        "over_none",
+        "speedup_over",
+        "peak_mib",
+        "device_peak_mib",
+        "executed_gflop",
+        "error",
+    ),
+    BLOCKS_SCHEMA: (
+        "time_ms",
+        "samples_ms",
+        "foreign_cores",
+        "speedup_over",
+        "peak_mib",
+        "kept_mib",
+        "device_peak_mib",
+        "error",
+    ),
+}
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
@@ -203,12 +230,13 @@ class ResultFile:
     Args:
         path: File to write; its folder is created.
         header: Top-level fields other than schema, complete, date and rows.
+        schema: What the rows hold, a key of `_MEASURED`.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, header: Mapping[str, Any], schema: str = SCHEMA) -> None:
         self.path = path
         self.report: dict[str, Any] = {
-            "schema": SCHEMA,
+            "schema": schema,
             "complete": False,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             **header,
@@ -257,8 +285,9 @@ def validate(report: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"report: expected {key} of type {kind.__name__}, got {report.get(key)!r}"
             )
-    if report["schema"] != SCHEMA:
-        raise ValueError(f"report: expected schema {SCHEMA}, got {report['schema']}")
+    if report["schema"] not in _MEASURED:
+        known = " or ".join(_MEASURED)
+        raise ValueError(f"report: expected schema {known}, got {report['schema']}")
     _require("environment", report["environment"], _ENVIRONMENT)
     _require("tests", report["tests"], ("command", "outcome", "summary"))
     for index, row in enumerate(report["rows"]):
@@ -266,11 +295,13 @@ def validate(report: Mapping[str, Any]) -> None:
         _require(where, row, _ROW)
         if row["status"] not in STATUSES:
             raise ValueError(f"{where}: expected status in {STATUSES}, got {row['status']!r}")
+        if row["status"] == "reckoned":
+            _require(where, row, ("peak_mib",))
         if row["status"] != "ok":
             if not row["reason"]:
                 raise ValueError(f"{where}: a row that is {row['status']} needs a reason")
             continue
-        _require(where, row, _MEASURED)
+        _require(where, row, _MEASURED[report["schema"]])
         times = row["time_ms"]
         if not 0 < times["p20"] <= times["p50"] <= times["p80"]:
             raise ValueError(f"{where}: expected 0 < p20 <= p50 <= p80, got {times}")
@@ -296,6 +327,6 @@ def load(path: Path) -> dict[str, Any]:
     return report
 
 
-def default_path(slug: str) -> Path:
-    """`benchmarks/results/<device>/<date>.json`, today."""
-    return RESULTS / slug / f"{datetime.now(UTC).date().isoformat()}.json"
+def default_path(slug: str, ending: str = "") -> Path:
+    """`benchmarks/results/<device>/<date><ending>.json`, today."""
+    return RESULTS / slug / f"{datetime.now(UTC).date().isoformat()}{ending}.json"

@@ -18,6 +18,7 @@ class PeakMemory:
 
     Attributes:
         live_mib: peak of live tensor bytes on the device above the start, in MiB, exactly.
+        kept_mib: live tensor bytes at the end above the start, in MiB: what is kept alive.
         device_mib: on CUDA, `torch.cuda.max_memory_allocated` above the start, in MiB; None on CPU.
 
     Example:
@@ -31,7 +32,7 @@ class PeakMemory:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self.live_mib = float("nan")
+        self.live_mib = self.kept_mib = float("nan")
         self.device_mib: float | None = None
 
     def __enter__(self) -> "PeakMemory":
@@ -57,15 +58,16 @@ class PeakMemory:
         self._profile.__exit__(*exception)
         if self._level is None:
             del os.environ["KINETO_LOG_LEVEL"]
-        self.live_mib = self._peak_bytes() / MIB
+        peak, live = self._peak_and_kept_bytes()
+        self.live_mib, self.kept_mib = peak / MIB, live / MIB
 
-    def _peak_bytes(self) -> int:
+    def _peak_and_kept_bytes(self) -> tuple[int, int]:
         live = peak = 0
         for event in self._profile.profiler.kineto_results.events():
             if event.name() == "[memory]" and self._here(event):
                 live += event.nbytes()
                 peak = max(peak, live)
-        return peak
+        return peak, live
 
     def _here(self, event) -> bool:
         kind = "CUDA" if self.device.type == "cuda" else "CPU"

@@ -16,7 +16,7 @@ from torch import nn
 from . import report as reports
 from .config import Config, to_dict
 from .loading import load_data
-from .measure import Cost, attention_sizes, measure
+from .measure import Cost, attention_sizes, measure, overhead
 from .plots import draw_comparison
 from .runs import Run, prepare, total_steps, train_and_test
 from .variants import DESCRIPTIONS, build_variant
@@ -69,7 +69,14 @@ def compare_from_config(config: Config, *, command: str) -> Path:
         flush=True,
     )
     # Before the trainings: too large a profile shows at once, and not after hours.
-    costs = measure(models, profile, config.optim, num_classes=num_classes, device=device)
+    costs = measure(
+        models,
+        profile,
+        config.optim,
+        num_classes=num_classes,
+        device=device,
+        memory_gib=config.compare.memory_gib,
+    )
     del models
 
     runs: dict[str, list[Run]] = {name: [] for name in variants}
@@ -98,6 +105,7 @@ def compare_from_config(config: Config, *, command: str) -> Path:
         "frames": profile.frames,
         "size": profile.size,
         "rounds": profile.rounds,
+        "memory_gib": config.compare.memory_gib,
         "attention": sizes["profile"],
     }
     report["agreement"] = _agreement(runs, seeds)
@@ -139,22 +147,19 @@ def _agreement(runs: dict[str, list[Run]], seeds: tuple[int, ...]) -> list[dict[
 def _variant_section(
     name: str, cost: Cost, plain: Cost | None, runs: list[Run], seeds: tuple[int, ...]
 ) -> dict[str, Any]:
-    def overhead(value: float, base: float) -> float:
-        return 100 * (value / base - 1)
-
-    over: dict[str, float | None] = dict.fromkeys(("parameters", "flops", "step_ms", "memory_mib"))
+    more = dict.fromkeys(("step_ms", "memory_mib"))
+    percent = dict.fromkeys(("parameters", "multiply_adds", "flops", *more))
     if plain is not None:
-        over = {
-            "parameters": overhead(cost.parameters, plain.parameters),
-            "flops": overhead(cost.flops, plain.flops),
-            "step_ms": overhead(cost.step_ms.p50, plain.step_ms.p50),
-            "memory_mib": overhead(cost.memory_mib, plain.memory_mib),
-        }
+        own, base = _measures(cost), _measures(plain)
+        over = {key: overhead(own[key], base[key]) for key in percent}
+        percent = {key: over[key].percent for key in percent}
+        more = {key: over[key].difference for key in more}
     return {
         "name": name,
         "description": DESCRIPTIONS[name],
         **reports.plain(cost),
-        "overhead_percent": over,
+        "over_none": more,
+        "overhead_percent": percent,
         "accuracy": sum(run.test.accuracy for run in runs) / len(runs),
         "runs": [
             {
@@ -167,3 +172,9 @@ def _variant_section(
             for seed, run in zip(seeds, runs, strict=True)
         ],
     }
+
+
+def _measures(cost: Cost) -> dict[str, float]:
+    """What is compared with the network without blocks; medians of times."""
+    names = ("parameters", "multiply_adds", "flops", "memory_mib")
+    return {name: getattr(cost, name) for name in names} | {"step_ms": cost.step_ms.p50}

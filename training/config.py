@@ -144,6 +144,8 @@ class CompareConfig:
     """Any of none, naive, fast, local (local blocks), frame (keys of the query's frame only)."""
     seeds: tuple[int, ...] = (0,)
     """Every variant is trained once per seed."""
+    memory_gib: float | None = None
+    """Size of a memory in GiB: the report then says which batch fits; unset leaves that out."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     """Clip shape and length of the speed and memory measurement."""
 
@@ -185,7 +187,7 @@ _MINIMUM = {
     "compare.profile.size": 1,
     "compare.profile.rounds": 1,
 }
-_POSITIVE = ("model.width", "data.timeout_s", "optim.epochs")
+_POSITIVE = ("model.width", "data.timeout_s", "optim.epochs", "compare.memory_gib")
 _NOT_NEGATIVE = ("optim.lr", "optim.weight_decay", "optim.momentum", "optim.gamma")
 
 

@@ -11,9 +11,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nlkernels import NonLocalBlock3d
@@ -21,6 +23,16 @@ from nlkernels._memory import MIB, PeakMemory
 
 from .config import OptimConfig, ProfileConfig
 from .engine import Stopwatch, make_optimiser, train_step
+from .memory import BatchFit, largest_batch, state_mib
+
+
+class Overhead(NamedTuple):
+    """How much more one network costs than another."""
+
+    difference: float
+    """In the unit of the costs."""
+    percent: float
+    """Of the other's cost."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,8 @@ class Cost:
 
     parameters: int
     """Number of trainable values."""
+    multiply_adds: int
+    """Those of the forward pass of one clip as papers count FLOPs, see ``count_multiply_adds``."""
     flops: int
     """Floating-point operations of the forward pass of one clip; a multiply-add counts as two."""
     forward_ms: Quantiles
@@ -56,6 +70,20 @@ class Cost:
     """The same by the GPU allocator's own peak; None on CPU."""
     resident_mib: float | None
     """Growth of the process's peak resident set in the same step; None where it cannot be read."""
+    state_mib: float
+    """Weights, buffers and optimiser state, which are held before the step."""
+    fit: BatchFit | None
+    """The largest batch that a memory holds; None where none was asked about."""
+
+
+def overhead(value: float, base: float) -> Overhead:
+    """What ``value`` costs over ``base``.
+
+    Example:
+        >>> overhead(120.0, 100.0)
+        Overhead(difference=20.0, percent=20.0)
+    """
+    return Overhead(value - base, 100 * (value - base) / base)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -73,6 +101,33 @@ def count_flops(model: nn.Module, clip: Tensor) -> int:
     return counter.get_total_flops()
 
 
+def count_multiply_adds(model: nn.Module, clip: Tensor) -> int:
+    """Multiply-adds of one forward pass, as papers on video networks count FLOPs.
+
+    Each counts once: those of convolutions, of linear layers and, in non-local blocks, of the
+    products with the whole N x M affinity, in whichever form a backend computes it. Nothing runs.
+
+    Args:
+        model: Any network; its blocks' backends are as before afterwards.
+        clip: (B, 3, T, H, W), of which only shape, dtype and device matter.
+    """
+    blocks = [module for module in model.modules() if getattr(module, "is_nonlocal", False)]
+    backends = [block.backend for block in blocks]
+    try:
+        for block in blocks:
+            block.set_backend("reference")
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            return count_flops(model, mode.from_tensor(clip)) // 2
+    finally:
+        for block, backend in zip(blocks, backends, strict=True):
+            block.backend = backend
+
+
+def needed_mib(peak: PeakMemory) -> float:
+    """What a step needs of a device: its allocator's own peak where it has one, else live bytes."""
+    return peak.live_mib if peak.device_mib is None else peak.device_mib
+
+
 def measure(
     models: Mapping[str, nn.Module],
     profile: ProfileConfig,
@@ -80,6 +135,7 @@ def measure(
     *,
     num_classes: int,
     device: torch.device,
+    memory_gib: float | None = None,
 ) -> dict[str, Cost]:
     """Measure every model on the same random clips.
 
@@ -89,6 +145,7 @@ def measure(
         optim: Which optimiser updates the parameters; its rate is set to zero.
         num_classes: Number of classes.
         device: Where the models are.
+        memory_gib: Size of a memory in GiB whose largest batch is asked for; None asks for none.
 
     Returns:
         Name -> cost.
@@ -102,11 +159,31 @@ def measure(
         for group in optimiser.param_groups:
             group["lr"] = 0.0
 
-    def step(name: str) -> dict[str, float]:
+    def step(name: str, clips: Tensor = clips, labels: Tensor = labels) -> dict[str, float]:
         watch.lap_ms()
         return train_step(
             models[name], clips, labels, optimisers[name], watch, where=f"profile of {name}"
         )
+
+    def weigh(name: str, clips: Tensor = clips, labels: Tensor = labels) -> PeakMemory:
+        optimisers[name].zero_grad(set_to_none=True)
+        with PeakMemory(device) as peak:
+            step(name, clips, labels)
+        optimisers[name].zero_grad(set_to_none=True)
+        return peak
+
+    def fit(name: str, own: PeakMemory) -> BatchFit | None:
+        if memory_gib is None:
+            return None
+        peaks = {profile.batch: own}
+        for batch in {1, 2} - {profile.batch}:
+            peaks[batch] = weigh(name, _first(clips, batch), _first(labels, batch))
+        clip_mib = clips[:1].numel() * clips.element_size() / MIB
+        peaks_mib = {
+            batch: needed_mib(peak) + batch * clip_mib for batch, peak in sorted(peaks.items())
+        }
+        state = state_mib(models[name], optimisers[name])
+        return largest_batch(peaks_mib, state_mib=state, gib=memory_gib)
 
     watch = Stopwatch(device)
     for model in models.values():
@@ -121,10 +198,7 @@ def measure(
 
     costs = {}
     for name, model in models.items():
-        optimisers[name].zero_grad(set_to_none=True)
-        with PeakMemory(device) as peak:
-            step(name)
-        optimisers[name].zero_grad(set_to_none=True)
+        peak = weigh(name)
         resident_mib = _resident_growth_mib(lambda name=name: step(name))
         optimisers[name].zero_grad(set_to_none=True)
         times = {
@@ -135,11 +209,14 @@ def measure(
         quantiles = {part: _quantiles(values) for part, values in times.items()}
         costs[name] = Cost(
             parameters=count_parameters(model),
+            multiply_adds=count_multiply_adds(model, clips[:1]),
             flops=count_flops(model, clips[:1]),
             clips_per_s=1e3 * profile.batch / quantiles["step_ms"].p50,
             memory_mib=peak.live_mib,
             device_mib=peak.device_mib,
             resident_mib=resident_mib,
+            state_mib=state_mib(model, optimisers[name]),
+            fit=fit(name, peak),
             **quantiles,
         )
     return costs
@@ -186,6 +263,11 @@ def attention_sizes(model: nn.Module, *, frames: int, size: int) -> list[dict[st
             handle.remove()
         model.train(training)
     return sizes
+
+
+def _first(tensor: Tensor, batch: int) -> Tensor:
+    """The first items of a batch, which is repeated where it has fewer."""
+    return tensor.repeat(-(-batch // len(tensor)), *[1] * (tensor.dim() - 1))[:batch].contiguous()
 
 
 def _quantiles(values: list[float]) -> Quantiles:

@@ -20,7 +20,7 @@ from .config import Config
 from .loading import Data
 from .measure import Cost
 
-FORMAT = 1
+FORMAT = 2
 
 
 def head(
@@ -89,14 +89,21 @@ def training_section(
 
 
 def plain(cost: Cost) -> dict[str, Any]:
-    """A cost as nested plain values; times to a microsecond, memory to a KiB."""
+    """A cost as nested plain values; times to a microsecond, memory to a KiB.
+
+    Of the largest batch stay the number and its reckoning as text, both None if it was not asked.
+    """
 
     def shorten(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: shorten(inner) for name, inner in value.items()}
         return round(value, 3) if isinstance(value, float) else value
 
-    return shorten(dataclasses.asdict(cost))
+    fields = dataclasses.asdict(cost)
+    del fields["fit"]
+    fields["largest_batch"] = None if cost.fit is None else cost.fit.batch
+    fields["largest_batch_text"] = None if cost.fit is None else str(cost.fit)
+    return shorten(fields)
 
 
 def write_json(report: Mapping[str, Any], path: Path) -> None:
@@ -152,22 +159,30 @@ def comparison_text(report: Mapping[str, Any]) -> str:
 
 
 def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """Header and rows of the summary of a comparison; overheads in parentheses."""
+    """Header and rows of the summary of a comparison; what none does not cost in parentheses."""
 
-    def percent(overhead: float | None) -> str:
-        return "" if overhead is None or overhead == 0 else f" ({overhead:+.1f}%)"
+    def over(one: Mapping[str, Any], key: str, unit: str = "") -> str:
+        percent = one["overhead_percent"][key]
+        if percent is None or percent == 0:
+            return ""
+        more = f"{one['over_none'][key]:+.1f} {unit}, " if unit else ""
+        return f" ({more}{percent:+.1f}%)"
 
-    rows = [["variant", "parameters", "GFLOP/clip", "ms/step", "clips/s", "MiB", "accuracy"]]
+    gib = report["profile"]["memory_gib"]
+    head = ["variant", "parameters", "GFLOP/clip", "published", "ms/step", "clips/s", "MiB"]
+    rows = [head + ([] if gib is None else [f"batch in {gib:g} GiB"]) + ["accuracy"]]
     for one in report["variants"]:
-        over = one["overhead_percent"]
+        largest = "any" if one["largest_batch"] is None else str(one["largest_batch"])
         rows.append(
             [
                 one["name"],
-                f"{one['parameters']:,}{percent(over['parameters'])}",
-                f"{one['flops'] / 1e9:.3f}{percent(over['flops'])}",
-                f"{one['step_ms']['p50']:.1f}{percent(over['step_ms'])}",
+                f"{one['parameters']:,}{over(one, 'parameters')}",
+                f"{one['flops'] / 1e9:.3f}{over(one, 'flops')}",
+                f"{one['multiply_adds'] / 1e9:.3f}{over(one, 'multiply_adds')}",
+                f"{one['step_ms']['p50']:.1f}{over(one, 'step_ms', 'ms')}",
                 f"{one['clips_per_s']:.2f}",
-                f"{one['memory_mib']:.1f}{percent(over['memory_mib'])}",
+                f"{one['memory_mib']:.1f}{over(one, 'memory_mib', 'MiB')}",
+                *([] if gib is None else [largest]),
                 f"{one['accuracy']:.1%}",
             ]
         )
@@ -241,8 +256,17 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
         f"accuracy: {training['steps']} steps of {training['batch']} clips of {clip}, {seed_text}; "
         f"{attention_line(training['attention'])}; test {report['data']['protocol']}",
     ]
+    notes.append(
+        "GFLOP of the forward pass: executed, a multiply-add is two; published, as papers count: a "
+        "multiply-add is one, and products with N x M count whole"
+    )
     if any(one["overhead_percent"]["parameters"] is not None for one in report["variants"]):
-        notes.append("percentages: against none")
+        notes.append("in parentheses: over none")
+    notes += [
+        f"{one['name']}: {one['largest_batch_text']}"
+        for one in report["variants"]
+        if one["largest_batch_text"] is not None
+    ]
     notes += [
         f"naive against fast, first {one['steps']} steps of seed {one['seed']}: losses differ by "
         f"at most {one['loss_difference']:.1e}"

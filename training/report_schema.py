@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _HEAD = {
-    "format": "version of this schema, now 1",
+    "format": "version of this schema, now 2",
     "kind": "comparison or training",
     "name": "name of the run folder",
     "command": "command line that produced the report",
@@ -44,6 +44,7 @@ COMPARISON = _HEAD | {
     "profile.frames": "frames of a measured clip",
     "profile.size": "height and width of a measured clip in pixels",
     "profile.rounds": "measured steps of every variant",
+    "profile.memory_gib": "size of the memory whose largest batch is asked; null if unset",
     "profile.attention[].block": "name of the block in the model",
     "profile.attention[].n": "query positions at the measured clip",
     "profile.attention[].m": "key positions at the measured clip",
@@ -54,7 +55,9 @@ COMPARISON = _HEAD | {
     "variants[].name": "none, naive, fast, local or frame",
     "variants[].description": "what the name means",
     "variants[].parameters": "trainable values",
-    "variants[].flops": "forward FLOPs of one measured clip, a multiply-add counts as two",
+    "variants[].multiply_adds": "published FLOPs of one measured clip: forward, a multiply-add "
+    "is one, products with the affinity count whole",
+    "variants[].flops": "executed FLOPs of one measured clip: forward, a multiply-add is two",
     "variants[].forward_ms.p20": "forward pass and loss of a measured batch, 20% quantile",
     "variants[].forward_ms.p50": "median",
     "variants[].forward_ms.p80": "80% quantile",
@@ -71,6 +74,13 @@ COMPARISON = _HEAD | {
     "variants[].memory_mib": "peak of live tensor bytes of a step above the level before it",
     "variants[].device_mib": "the same by the GPU allocator; null on CPU",
     "variants[].resident_mib": "growth of the peak resident set in a step; null where unreadable",
+    "variants[].state_mib": "weights, buffers and optimiser state, held before the step",
+    "variants[].largest_batch": "clips that fit the memory with the state; null if not asked, or "
+    "if the peaks do not grow",
+    "variants[].largest_batch_text": "the same with the batches whose peaks it is reckoned from",
+    "variants[].over_none.step_ms": "medians, difference to none; null without it",
+    "variants[].over_none.memory_mib": "difference to none; null without it",
+    "variants[].overhead_percent.multiply_adds": "against none; null without it",
     "variants[].overhead_percent.parameters": "against none; null without it",
     "variants[].overhead_percent.flops": "against none; null without it",
     "variants[].overhead_percent.step_ms": "medians, against none; null without it",

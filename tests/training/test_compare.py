@@ -59,6 +59,13 @@ def test_overheads_are_against_none(report):
     assert fast["overhead_percent"]["parameters"] == pytest.approx(expected)
     assert abs(local["parameters"] / fast["parameters"] - 1) < 0.03
     assert naive["memory_mib"] > none["memory_mib"]
+    assert naive["multiply_adds"] == fast["multiply_adds"]
+    assert fast["over_none"]["memory_mib"] == pytest.approx(
+        fast["memory_mib"] - none["memory_mib"], abs=2e-3
+    )
+    difference = fast["step_ms"]["p50"] - none["step_ms"]["p50"]
+    assert fast["over_none"]["step_ms"] == pytest.approx(difference, abs=2e-3)
+    assert {one["largest_batch"] for one in report["variants"]} == {None}
 
 
 def test_naive_and_fast_train_alike(report):
@@ -87,7 +94,7 @@ def test_plots_and_report_md(comparison):
 def test_terminal_shows_the_table_and_names_the_report(comparison):
     out, printed = comparison
     assert printed.splitlines()[-1] == f"report: {out / 'report.md'}"
-    for word in ("parameters", "GFLOP/clip", "ms/step", "MiB", "accuracy", *VARIANTS):
+    for word in ("parameters", "GFLOP/clip", "published", "ms/step", "MiB", "accuracy", *VARIANTS):
         assert word in printed
 
 
@@ -103,10 +110,15 @@ def test_every_training_leaves_a_log_and_a_checkpoint(comparison):
 def test_without_the_plain_variant_there_are_no_percentages(comparison, tmp_path):
     data = comparison[0] / "data"
     argv = ["smoke", f"run.out={tmp_path}", f"data.root={data}", "compare.variants=[fast]"]
-    assert main(["compare", *argv, "optim.steps=1", "compare.profile.rounds=1"]) == 0
+    argv += ["optim.steps=1", "compare.profile.rounds=1", "compare.memory_gib=2"]
+    assert main(["compare", *argv]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     check_schema(report, COMPARISON)
     (fast,) = report["variants"]
     assert set(fast["overhead_percent"].values()) == {None}
+    assert set(fast["over_none"].values()) == {None}
+    assert fast["largest_batch"] > 100
+    assert f"batch {fast['largest_batch']} fits 2 GiB" in fast["largest_batch_text"]
+    assert "| batch in 2 GiB |" in (tmp_path / "report.md").read_text()
     assert report["agreement"] == []
     assert "%" not in (tmp_path / "report.md").read_text().split("accuracy |")[0]

@@ -5,7 +5,15 @@ import torch
 from torch import nn
 
 from nlkernels.training.config import VARIANTS, ModelConfig, OptimConfig, ProfileConfig
-from nlkernels.training.measure import attention_sizes, count_flops, count_parameters, measure
+from nlkernels.training.measure import (
+    attention_sizes,
+    count_flops,
+    count_multiply_adds,
+    count_parameters,
+    measure,
+    overhead,
+)
+from nlkernels.training.memory import largest_batch, state_mib
 from nlkernels.training.variants import DESCRIPTIONS, build_variant
 
 MODEL = ModelConfig(width=0.5)
@@ -58,6 +66,75 @@ def test_flops_of_the_blocks_are_those_of_the_formula():
     projections = 2 * (2 * n + 2 * m) * channels * inner
     attention = 2 * n * m * (inner + inner)
     assert count_flops(fast, clip) - count_flops(none, clip) == 2 * (projections + attention)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "dot_product"])
+def test_published_flops_are_those_of_the_definition(kind):
+    model = ModelConfig(width=0.5, block={"kind": kind})
+    none, fast, naive = (build_variant(n, model, 2, seed=0) for n in ("none", "fast", "naive"))
+    clip = torch.zeros(1, 3, 4, 64, 64)
+    n, m, channels, inner = 256, 64, 32, 16
+    projections = (2 * n + 2 * m) * channels * inner
+    blocks = 2 * (projections + n * m * (inner + inner))
+    assert count_multiply_adds(fast, clip) - count_multiply_adds(none, clip) == blocks
+    assert count_multiply_adds(naive, clip) == count_flops(naive, clip) / 2
+    backends = {block.backend for block in fast.modules() if hasattr(block, "backend")}
+    assert backends == {"auto"}
+
+
+def test_overhead_is_a_difference_and_a_percentage():
+    assert overhead(120.0, 80.0) == (40.0, 50.0)
+
+
+def test_largest_batch_is_on_the_line_through_the_peaks():
+    # 100 MiB and 300 for each clip, beside a state of 124: 2048 hold 6 clips and not 7.
+    fit = largest_batch({1: 400.0, 2: 700.0}, state_mib=124.0, gib=2.0)
+    assert (fit.batch, fit.fixed_mib, fit.clip_mib, fit.deviation) == (6, 224.0, 300.0, None)
+    # The third peak counts: it lies a tenth above the line, and the line goes on from there.
+    fit = largest_batch({1: 400.0, 4: 1430.0, 2: 700.0}, state_mib=124.0, gib=2.0)
+    assert fit.deviation == pytest.approx(0.1)
+    assert fit.clip_mib == pytest.approx(365.0)
+    assert fit.batch == 5
+    assert str(fit).startswith("batch 5 fits 2 GiB, reckoned from peaks at B=1, 2, 4 (+10.0%")
+    assert largest_batch({1: 4e3, 2: 5e3}, state_mib=0.0, gib=2.0).batch == 0
+    assert largest_batch({1: 4.0, 2: 4.0}, state_mib=0.0, gib=2.0).batch is None
+
+
+@pytest.mark.parametrize(
+    ("peaks", "gib", "said"),
+    [
+        ({1: 4.0}, 2.0, "expected the peaks of two or three batches, got 1; measure"),
+        ({1: 4.0, 2: 5.0}, 0.0, "expected a memory of more than 0 GiB, got 0.0; give its size"),
+        ({1: 4.0, 2: 5.0}, float("nan"), "expected a memory of more than 0 GiB, got nan"),
+    ],
+    ids=["one-point", "no-memory", "nan"],
+)
+def test_wrong_questions_for_a_batch(peaks, gib, said):
+    with pytest.raises(ValueError, match=said):
+        largest_batch(peaks, state_mib=0.0, gib=gib)
+
+
+def test_state_is_weights_buffers_and_momentum():
+    model = nn.BatchNorm1d(2**18)
+    optimiser = torch.optim.SGD(model.parameters(), momentum=0.9)
+    # Weight, bias, mean and variance of 1 MiB each; a count of 8 bytes.
+    assert state_mib(model, optimiser) == pytest.approx(4, abs=1e-4)
+    model(torch.randn(2, 2**18)).sum().backward()
+    optimiser.step()
+    assert state_mib(model, optimiser) == pytest.approx(6, abs=1e-4)
+
+
+def test_batch_that_fits_is_asked_of_every_variant():
+    models = {name: build_variant(name, MODEL, 2, seed=0) for name in ("none", "naive")}
+    profile = ProfileConfig(batch=3, frames=8, size=64, rounds=1)
+    costs = measure(
+        models, profile, OptimConfig(steps=1), num_classes=2, device=CPU, memory_gib=0.5
+    )
+    assert list(costs["none"].fit.peaks_mib) == [1, 2, 3]
+    assert 1 < costs["naive"].fit.batch < costs["none"].fit.batch
+    # The clips of three are in the peak.
+    clips_mib = 3 * 3 * 8 * 64 * 64 * 4 / 2**20
+    assert costs["none"].fit.peaks_mib[3] == pytest.approx(costs["none"].memory_mib + clips_mib)
 
 
 def test_measured_costs():
