@@ -51,7 +51,7 @@ clean: ## remove environments and build products, keep runs/
 .venv-gates36/ready: INSTALLED := pytest pytest-xdist "triton==3.6.0" "numpy<2.4"
 # The blocks of pytorchvideo and mmcv. Everything is named: these packages ask for video readers and
 # an OpenCV with windows, which their blocks never touch.
-.venv-foreign/ready: INSTALLED := --no-deps pytorchvideo==0.1.5 mmcv-lite==2.2.0 mmengine==0.10.7 \
+.venv-foreign/ready: INSTALLED := --no-deps pytorchvideo==0.1.5 mmcv-lite==2.2.0 mmengine==0.10.7 ninja pybind11 \
 	addict opencv-python-headless numpy pillow platformdirs pyyaml termcolor yapf \
 	rich markdown-it-py mdurl pygments pytest pytest-xdist execnet iniconfig packaging pluggy
 

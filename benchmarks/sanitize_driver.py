@@ -37,6 +37,10 @@ REGION = (2, 24, 3, 9, 7)
 TAPS = ((3, 7, 7), (3, 3, 3))
 FEW_TAPS = ((1, 3, 3),)
 """For the interpreter, which takes seconds for the 147 taps of the larger kernel."""
+# Batch, N, C, P: several tiles and runs of the sums; one tile without descriptors.
+POINTWISE = ((2, 152, 72, 136), (1, 33, 19, 37))
+# x and window: winners of 2 bits, and of bytes.
+POOL = (((2, 21, 3, 9, 7), [1, 2, 2]), ((1, 70, 3, 6, 5), [3, 3, 2]))
 
 # Both layouts and all dtypes, without every pair of them: compilation is most of the time.
 FORMS = (
@@ -45,7 +49,7 @@ FORMS = (
     ("float16", "rows"),
     ("float32", "channels"),
 )
-OPERATIONS = ("softmax", "relu", "dot_product", "concat", "region", "gate")
+OPERATIONS = ("softmax", "relu", "dot_product", "concat", "region", "gate", "pointwise", "pool")
 PARTS = tuple(
     f"{op}-{dtype}-{layout}"
     for op in OPERATIONS
@@ -126,6 +130,39 @@ def run_region(dtype: torch.dtype, layout: str, device: torch.device) -> Iterato
         yield from (results[name] for name in NAMES)
 
 
+def run_pointwise(dtype: torch.dtype, layout: str, device: torch.device) -> Iterator[Tensor]:
+    """Products of one source and of three, to rows and to maps, and the sums of products."""
+    # Later than `interpret`: operators import parts of Triton.
+    from nlkernels.ops.pointwise import op
+
+    for number, (batch, positions, depth, channels) in enumerate(POINTWISE):
+        generator = torch.Generator().manual_seed(number)
+        tensors = []
+        for size in ((batch, positions, depth), (batch, positions, channels), (channels, depth)):
+            tensor = torch.randn(size, generator=generator).to(dtype)
+            if layout == "channels":
+                tensor = tensor.mT.contiguous().mT
+            tensors.append(tensor.to(device))
+        features, base, weight = tensors
+        shift = torch.randn(channels, generator=generator).to(device)
+        yield op.product([(features, weight)], shift, base, True, "triton")
+        yield op.product([(features, weight)] * 3, None, None, False, "triton")
+        yield from op.outer(base, features, "triton")
+
+
+def run_pool(dtype: torch.dtype, layout: str, device: torch.device) -> Iterator[Tensor]:
+    """Outputs and gradients of every problem."""
+    from nlkernels.ops.pool import op
+
+    form = torch.channels_last_3d if layout == "channels" else torch.contiguous_format
+    for number, (size, window) in enumerate(POOL):
+        generator = torch.Generator().manual_seed(number)
+        x = torch.randn(size, generator=generator).to(dtype).contiguous(memory_format=form)
+        leaves = [x.to(device).requires_grad_()]
+        out = op.pool(*leaves, window, "triton")
+        yield from _both(out, leaves, generator)
+
+
 def _aggregate(x: Tensor, weight: Tensor) -> Tensor:
     return nlkernels.region_aggregate(x, weight, backend="triton")
 
@@ -141,6 +178,8 @@ def run(parts: tuple[str, ...], device: torch.device) -> Recorder:
         "concat": run_concat,
         "region": run_region,
         "gate": run_gate,
+        "pointwise": run_pointwise,
+        "pool": run_pool,
     }
     with recorded() as recorder:
         for part in parts:

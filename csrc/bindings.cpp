@@ -1,64 +1,19 @@
 // The module nlkernels._C. Python passes addresses as integers and strides as tuples, counted in
 // elements; the checks are in Python. Every kernel runs without the GIL and can be interrupted.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <algorithm>
-#include <array>
 #include <chrono>
-#include <cstdint>
 #include <thread>
-#include <tuple>
 #include <vector>
 
-#include "nlk/attention.h"
+#include "bindings/common.h"
+#include "bindings/maps.h"
 #include "nlk/concat.h"
 #include "nlk/dispatch.h"
 #include "nlk/gate.h"
-#include "nlk/isa.h"
 #include "nlk/parallel.h"
 #include "nlk/peak.h"
 #include "nlk/region.h"
 
-namespace py = pybind11;
-
 namespace {
-
-using nlk::Isa;
-
-// Whether Python has a signal whose handler raised, as Ctrl-C does. Only Python's main thread
-// handles signals; in another one the answer is always no.
-bool signal_raised() {
-  py::gil_scoped_acquire acquire;
-  return PyErr_CheckSignals() != 0;
-}
-
-// Runs a kernel, which returns false when it was interrupted, without the GIL. Every binding of a
-// kernel is:
-//   module.def("name", [](int isa, int threads, std::uintptr_t query, Strides<3> query_strides) {
-//     nlk::NameArguments arguments{};
-//     arguments.query = address<const void>(query);
-//     ...
-//     run([&] { return nlk::name(static_cast<Isa>(isa), arguments); });
-//   });
-// Classes are py::module_local(): modules of several instruction sets may be in one process.
-template <typename Kernel>
-void run(Kernel kernel) {
-  bool finished = false;
-  {
-    py::gil_scoped_release release;
-    finished = kernel();
-  }
-  if (!finished) throw py::error_already_set();
-}
-
-template <std::size_t kRank>
-using Strides = std::array<std::int64_t, kRank>;
-
-template <typename T>
-T* address(std::uintptr_t integer) {
-  return reinterpret_cast<T*>(integer);
-}
 
 // ---- instruction sets and threads --------------------------------------------------------------
 
@@ -110,14 +65,6 @@ void bind_machine(py::module_& module) {
 // ---- attention ---------------------------------------------------------------------------------
 
 using nlk::AttentionProblem;
-
-// Address, and strides of batch items, rows and channels.
-using PyOperand = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>;
-
-nlk::Operand operand(const PyOperand& from) {
-  const auto [data, item, row, channel] = from;
-  return {address<void>(data), item, row, channel};
-}
 
 AttentionProblem attention_problem(int affinity, int dtype, double scale,
                                    std::array<std::int64_t, 5> sizes, std::int64_t workspace_limit,
@@ -357,5 +304,7 @@ PYBIND11_MODULE(_C, module) {
   bind_region(module);
   bind_concat(module);
   bind_gate(module);
+  bind_pointwise(module);
+  bind_pool(module);
   bind_peak(module);
 }

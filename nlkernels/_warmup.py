@@ -94,8 +94,9 @@ def warmup(
     Example:
         >>> import nlkernels
         >>> block = nlkernels.NonLocalBlock3d(8)
-        >>> print(str(nlkernels.warmup(block, (1, 8, 2, 6, 6))).splitlines()[1])
-        softmax: B=1 N=72 M=18 D=4 V=4 float32 on cpu
+        >>> report = nlkernels.warmup(block, (1, 8, 2, 6, 6))
+        >>> [str(entry.problem) for entry in report.entries if entry.op == "softmax"]
+        ['B=1 N=72 M=18 D=4 V=4 float32 on cpu']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"warmup: expected a module, got {describe(model)}; pass the model itself")
@@ -121,7 +122,7 @@ def warmup(
     return Report(_device.name(device), tuple(entries))
 
 
-def at_first_use(op: str, problem: Any, operands: tuple[torch.Tensor, ...]) -> None:
+def at_first_use(op: str, problem: Any, operands: tuple[Any, ...]) -> None:
     """Measure a problem whose bucket was not, outside of tracing and capture."""
     seen = ("seen", op, problem)
     if seen in _cache.memo or _launch.capturing(operands[0].device):
@@ -135,26 +136,40 @@ def at_first_use(op: str, problem: Any, operands: tuple[torch.Tensor, ...]) -> N
         _measure(op, problem, _Layout.of(operands), PASSES)
 
 
-class _Layout(NamedTuple):
-    """How operands lay in memory, to make others like them."""
+class _Form(NamedTuple):
+    """Shape and strides of a tensor."""
 
-    forms: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _Layout(NamedTuple):
+    """How operands lay in memory, to make others like them; sizes among them are kept as such."""
+
+    forms: tuple[Any, ...]
     dtype: torch.dtype
     device: torch.device
 
     @classmethod
-    def of(cls, operands: tuple[torch.Tensor, ...]) -> _Layout:
-        forms = tuple((tuple(t.shape), t.stride()) for t in operands)
-        return cls(forms, operands[0].dtype, operands[0].device)
+    def of(cls, operands: tuple[Any, ...]) -> _Layout:
+        """Describe operands, the first of which is a tensor."""
+        forms = []
+        for operand in operands:
+            if isinstance(operand, torch.Tensor):
+                forms.append(_Form(tuple(operand.shape), operand.stride()))
+            else:
+                forms.append(tuple(operand) if isinstance(operand, list) else operand)
+        return cls(tuple(forms), operands[0].dtype, operands[0].device)
 
-    def drawn(self) -> tuple[torch.Tensor, ...]:
+    def drawn(self) -> tuple[Any, ...]:
         """Random tensors of these shapes and, but for overlapping elements, these strides."""
-        tensors = []
-        for shape, stride in self.forms:
-            order = sorted(range(len(shape)), key=stride.__getitem__, reverse=True)
-            dense = torch.empty([shape[i] for i in order], dtype=self.dtype, device=self.device)
-            tensors.append(_draw(dense).permute([order.index(i) for i in range(len(shape))]))
-        return tuple(tensors)
+        return tuple(self._drawn(f) if isinstance(f, _Form) else f for f in self.forms)
+
+    def _drawn(self, form: _Form) -> torch.Tensor:
+        shape, stride = form
+        order = sorted(range(len(shape)), key=stride.__getitem__, reverse=True)
+        dense = torch.empty([shape[i] for i in order], dtype=self.dtype, device=self.device)
+        return _draw(dense).permute([order.index(i) for i in range(len(shape))])
 
 
 def _draw(tensor: torch.Tensor) -> torch.Tensor:
@@ -166,7 +181,7 @@ def _met(model: nn.Module, sample: torch.Tensor) -> list[tuple[str, Any, _Layout
     """The distinct problems that dispatch sees while the model runs."""
     met = {}
 
-    def record(op: str, problem: Any, operands: tuple[torch.Tensor, ...]) -> None:
+    def record(op: str, problem: Any, operands: tuple[Any, ...]) -> None:
         layout = _Layout.of(operands)
         met.setdefault((op, problem, layout), (op, problem, layout))
 
@@ -224,9 +239,9 @@ def _measure(op: str, problem: Any, layout: _Layout, passes: tuple[str, ...]) ->
     note, configs, times = "", {}, {}
     try:
         with _trust.undisturbed(device), torch.no_grad():
-            operands = layout.drawn()
-            configs = _configure(op, operands, right)
-            times = _time(op, problem, operands, passes, right)
+            trial, operands = _alike(op, layout)
+            configs = _configure(op, trial, operands, right)
+            times = _time(op, problem, trial, operands, passes, right)
     except Exception as error:
         # The model has run: it also does where this cannot be measured, for want of memory.
         note = f"measured in part, or not at all: {_trust.one_line(error)}"
@@ -234,10 +249,23 @@ def _measure(op: str, problem: Any, layout: _Layout, passes: tuple[str, ...]) ->
     return Entry(op, problem, verdicts, configs, times, note)
 
 
-def _configure(op, operands, right) -> dict[str, str]:
-    """Time the configurations of all kernels that are right, keep and name the fastest."""
+def _alike(op: str, layout: _Layout) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    """A trial of the suite like the problem that dispatch saw, and its operands.
+
+    Where sizes stood for tensors, the suite draws them all.
+    """
     suite = _operations.loaded(_operations.OPERATIONS[op].suite)
-    trial, found = suite.like(operands), {}
+    seen = layout.drawn()
+    trial = suite.like(seen)
+    if all(isinstance(operand, torch.Tensor) for operand in seen):
+        return trial, seen
+    *operands, _ = suite.operands(trial, layout.dtype, layout.device)
+    return trial, tuple(operands)
+
+
+def _configure(op, trial, operands, right) -> dict[str, str]:
+    """Time the configurations of all kernels that are right, keep and name the fastest."""
+    suite, found = _operations.loaded(_operations.OPERATIONS[op].suite), {}
     for backend, direction in right:
         run = _pass(suite, trial, _operations.implementation(op, backend), direction, operands)
         with _tune.tuning() as tuned:
@@ -256,11 +284,10 @@ def _pass(suite, trial, module, direction, operands) -> Callable[[], object]:
     return lambda: suite.backward(module, trial, grad, operands, kept)
 
 
-def _time(op, problem, operands, passes, right) -> dict[str, dict[str, float]]:
+def _time(op, problem, trial, operands, passes, right) -> dict[str, dict[str, float]]:
     """Median times of every backend that may run, fastest first."""
     operation, device = _operations.OPERATIONS[op], operands[0].device
     suite = _operations.loaded(operation.suite)
-    trial = suite.like(operands)
     times: dict[str, dict[str, float]] = {direction: {} for direction in passes}
     outside = [b for b in operation.backends if b == "sdpa" and not operation.supports(b, problem)]
     inside = [b for b in _select.inside(op, device.type) if b != "sdpa"]

@@ -5,6 +5,8 @@
 #include "nlk/concat.h"
 #include "nlk/gate.h"
 #include "nlk/peak.h"
+#include "nlk/pointwise.h"
+#include "nlk/pool.h"
 #include "nlk/region.h"
 
 namespace nlk {
@@ -52,6 +54,30 @@ bool gate_forward(Isa isa, const GateArguments& arguments) {
 
 bool gate_backward(Isa isa, const GateArguments& arguments) {
   NLK_ON_ISA(isa, gate_backward(arguments))
+}
+
+// ---- pointwise, pool ---------------------------------------------------------------------------
+
+std::int64_t pointwise_workspace(Isa isa, const PointwiseArguments& arguments) {
+  NLK_ON_ISA(isa, pointwise_workspace(arguments))
+}
+
+bool pointwise(Isa isa, const PointwiseArguments& arguments) {
+  NLK_ON_ISA(isa, pointwise(arguments))
+}
+
+std::int64_t outer_workspace(Isa isa, const OuterArguments& arguments) {
+  NLK_ON_ISA(isa, outer_workspace(arguments))
+}
+
+bool outer(Isa isa, const OuterArguments& arguments) { NLK_ON_ISA(isa, outer(arguments)) }
+
+bool pool_forward(Isa isa, const PoolArguments& arguments) {
+  NLK_ON_ISA(isa, pool_forward(arguments))
+}
+
+bool pool_backward(Isa isa, const PoolArguments& arguments) {
+  NLK_ON_ISA(isa, pool_backward(arguments))
 }
 
 // ---- peak --------------------------------------------------------------------------------------

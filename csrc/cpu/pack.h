@@ -17,14 +17,17 @@ NLK_INLINE Bfloat16 converted<Bfloat16, Bfloat16>(Bfloat16 number) {
   return number;
 }
 
-// Numbers as bfloat16, in bits.
+// The first `count` numbers as bfloat16, in bits, zeros behind them; reads nothing else.
 template <typename T>
-NLK_INLINE HalfBits convert_bits(const T* from) {
-  return narrow_bits(load(from));
+NLK_INLINE HalfBits convert_bits(const T* from, int count) {
+  return narrow_bits(load_some(from, count));
 }
 template <>
-NLK_INLINE HalfBits convert_bits<Bfloat16>(const Bfloat16* from) {
-  return load_bits<HalfBits>(from);
+NLK_INLINE HalfBits convert_bits<Bfloat16>(const Bfloat16* from, int count) {
+  if (count >= kLanes<float>) return load_bits<HalfBits>(from);
+  HalfBits bits{};
+  std::memcpy(&bits, from, count * sizeof(Bfloat16));
+  return bits;
 }
 
 // Pairs of a number of `first` and the one of `second`.
@@ -131,13 +134,14 @@ void pack_panel(Part<T> from, std::int64_t depth, std::int64_t columns, std::int
   for (std::int64_t k = 0; k < depth; k += group) {
     const std::int64_t present = smaller_of(group, depth - k);
     E* row = to + k * width;
-    if (from.column == 1 && columns == width && present == group) {
+    if (from.column == 1 && present == group) {
       for (std::int64_t v = 0; v < width; v += lanes) {
         const T* at = from.data + k * from.row + v;
+        const int some = static_cast<int>(larger_of(0, smaller_of(lanes, columns - v)));
         if constexpr (group == 2) {
-          store_pairs(row + v * 2, convert_bits<T>(at), convert_bits<T>(at + from.row));
+          store_pairs(row + v * 2, convert_bits<T>(at, some), convert_bits<T>(at + from.row, some));
         } else {
-          store(row + v, load(at));
+          store(row + v, load_some(at, some));
         }
       }
       continue;

@@ -1,119 +1,23 @@
 // Attention in every instruction set of the build that this machine runs, against double loops:
-// random sizes, strides, dtypes and threads. Every buffer ends where its last number does, so that
-// AddressSanitizer sees each read and write beyond; the workspace, too.
+// random sizes, strides, dtypes and threads.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <random>
 #include <vector>
 
 #include "nlk/attention.h"
 #include "test/check.h"
+#include "test/tensor.h"
 
 namespace {
 
 using nlk::Affinity;
 using nlk::Dtype;
+using nlk::Tensor;
 
 constexpr int kRounds = 120;
-
-std::size_t bytes_of(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
-
-// 16-bit numbers here are multiples of 1/8 below 4: exact in both formats, at little effort.
-double read(Dtype dtype, const char* at) {
-  if (dtype == Dtype::kFloat64) {
-    double number;
-    std::memcpy(&number, at, sizeof(number));
-    return number;
-  }
-  float number;
-  if (dtype == Dtype::kFloat32) {
-    std::memcpy(&number, at, sizeof(number));
-    return number;
-  }
-  std::uint16_t bits;
-  std::memcpy(&bits, at, sizeof(bits));
-  if (dtype == Dtype::kBfloat16) {
-    const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
-    std::memcpy(&number, &wide, sizeof(number));
-    return number;
-  }
-  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-  const double magnitude = exponent == 0    ? std::ldexp(mantissa, -24)
-                           : exponent == 31 ? HUGE_VAL
-                                            : std::ldexp(1024 + mantissa, exponent - 25);
-  return bits >> 15 ? -magnitude : magnitude;
-}
-
-void write(Dtype dtype, char* at, double value) {
-  const float number = static_cast<float>(value);
-  std::uint32_t bits;
-  std::memcpy(&bits, &number, sizeof(bits));
-  std::uint16_t half = static_cast<std::uint16_t>(bits >> 16);
-  if (dtype == Dtype::kFloat16) {
-    const std::uint32_t magnitude = bits & 0x7fffffffu;
-    half = static_cast<std::uint16_t>(magnitude == 0 ? 0 : (magnitude - 0x38000000u) >> 13);
-    half = static_cast<std::uint16_t>(half | (bits >> 16 & 0x8000u));
-  }
-  if (dtype == Dtype::kFloat64) std::memcpy(at, &value, sizeof(value));
-  if (dtype == Dtype::kFloat32) std::memcpy(at, &number, sizeof(number));
-  if (bytes_of(dtype) == 2) std::memcpy(at, &half, sizeof(half));
-}
-
-// A (batch, rows, channels) operand at its own strides, in a buffer that just holds it.
-class Tensor {
- public:
-  Tensor(Dtype dtype, std::int64_t batch, std::int64_t rows, std::int64_t channels, int layout)
-      : dtype_(dtype), batch_(batch), rows_(rows), channels_(channels) {
-    operand.channel = layout == 1 ? rows : layout == 2 ? 2 : 1;
-    operand.row = layout == 1 ? 1 : layout == 2 ? 2 * channels + 1 : channels;
-    operand.item = layout == 2 ? rows * operand.row + 3 : rows * channels;
-    const std::int64_t last = (batch - 1) * operand.item + (rows - 1) * operand.row +
-                              (channels - 1) * operand.channel;
-    const std::size_t bytes = static_cast<std::size_t>(last + 1) * bytes_of(dtype);
-    memory_.reset(new char[bytes]);
-    std::memset(memory_.get(), 0xff, bytes);  // NaN, between the numbers and before results
-    operand.data = memory_.get();
-  }
-  double at(std::int64_t b, std::int64_t r, std::int64_t c) const {
-    return read(dtype_, memory_.get() + offset(b, r, c));
-  }
-  void fill(std::mt19937& random) {
-    for (std::int64_t b = 0; b < batch_; ++b) {
-      for (std::int64_t r = 0; r < rows_; ++r) {
-        for (std::int64_t c = 0; c < channels_; ++c) {
-          const int eighths = static_cast<int>(random() % 31) - 15;
-          write(dtype_, memory_.get() + offset(b, r, c), eighths / 8.0);
-        }
-      }
-    }
-  }
-  // All numbers, (batch, rows, channels).
-  std::vector<double> numbers() const {
-    std::vector<double> all;
-    for (std::int64_t b = 0; b < batch_; ++b) {
-      for (std::int64_t r = 0; r < rows_; ++r) {
-        for (std::int64_t c = 0; c < channels_; ++c) all.push_back(at(b, r, c));
-      }
-    }
-    return all;
-  }
-  nlk::Operand operand;
-
- private:
-  std::size_t offset(std::int64_t b, std::int64_t r, std::int64_t c) const {
-    return static_cast<std::size_t>(b * operand.item + r * operand.row + c * operand.channel) *
-           bytes_of(dtype_);
-  }
-  Dtype dtype_;
-  std::int64_t batch_, rows_, channels_;
-  std::unique_ptr<char[]> memory_;
-};
 
 struct Expected {
   std::vector<double> out, d_query, d_key, d_value;
@@ -165,17 +69,6 @@ Expected define(const nlk::AttentionProblem& p, const Tensor& query, const Tenso
   return e;
 }
 
-// Memory of exactly so many bytes at a multiple of 64.
-struct Free {
-  void operator()(char* memory) const { std::free(memory); }
-};
-std::unique_ptr<char, Free> workspace(std::int64_t bytes) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 64, static_cast<std::size_t>(bytes))) std::abort();
-  std::memset(memory, 0xff, static_cast<std::size_t>(bytes));
-  return std::unique_ptr<char, Free>(static_cast<char*>(memory));
-}
-
 // How many results are wrong.
 int check(nlk::Isa isa, unsigned seed) {
   std::mt19937 random(seed);
@@ -204,12 +97,12 @@ int check(nlk::Isa isa, unsigned seed) {
   const std::size_t wide = p.dtype == Dtype::kFloat64 ? 8 : 4;
   std::unique_ptr<char[]> stats(new char[2 * p.batch * p.queries * wide]);
   {
-    const auto memory = workspace(nlk::attention_forward_workspace(isa, p));
+    const auto memory = nlk::workspace(nlk::attention_forward_workspace(isa, p));
     nlk::attention_forward(isa, {p, query.operand, key.operand, value.operand, out.operand,
                                  stats.get(), p.batch * p.queries, memory.get()});
   }
   {
-    const auto memory = workspace(nlk::attention_backward_workspace(isa, p));
+    const auto memory = nlk::workspace(nlk::attention_backward_workspace(isa, p));
     nlk::attention_backward(isa, {p, grad.operand, query.operand, key.operand, value.operand,
                                   d_query.operand, d_key.operand, d_value.operand, memory.get()});
   }

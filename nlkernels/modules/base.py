@@ -5,15 +5,14 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from nlkernels import functional
 from nlkernels._select import Explanation
 from nlkernels._spec import BACKENDS, check_choice
-from nlkernels.modules import inputs, layers, printed
-from nlkernels.modules.affinity import affinity, block_diagonal, scores
+from nlkernels.modules import fast, inputs, layers, maps, plain, printed
+from nlkernels.modules.affinity import affinity, block_diagonal
 from nlkernels.modules.footprint import Footprint, footprint
-from nlkernels.modules.options import REGION_KINDS, BlockOptions, Norm, complete, factor
+from nlkernels.modules.options import BlockOptions, Norm, complete, factor
 from nlkernels.modules.presets import preset_options
 
 # The operation's kind for a block's.
@@ -27,6 +26,10 @@ class NonLocalBlock(nn.Module):
 
     dims: int
     is_nonlocal = True
+    # False runs the layers one after another.
+    fused = True
+    # True computes the attention's operands again in the backward, where x is kept, too.
+    recompute = False
 
     def __init__(
         self,
@@ -208,12 +211,7 @@ class NonLocalBlock(nn.Module):
         materialises what the block otherwise avoids. Keys of other temporal groups have 0.
         """
         inputs.check(self, x)
-        folded = self._fold(x)
-        rows = self._rows(*self._features(folded))
-        out = self._finish(folded, self._attend(*rows))
-        if folded is not x:
-            out = out.unflatten(0, (x.shape[0], -1)).transpose(1, 2).flatten(2, 3)
-            out = out.contiguous(memory_format=layers.memory_format(x))
+        out, rows = self._path.forward(self, x)
         if not return_map:
             return out
         weights = affinity(self.kind, rows[0], rows[1], self._factor)
@@ -243,19 +241,7 @@ class NonLocalBlock(nn.Module):
             torch.Size([1, 4, 3, 3])
         """
         inputs.check(self, x)
-        query = inputs.position(query, x)
-        if self.temporal_group is not None:
-            start = query[0] // self.temporal_group * self.temporal_group
-            x = x[:, :, start : start + self.temporal_group]
-            query = (query[0] - start, *query[1:])
-        at = (slice(None), slice(None), *(slice(position, position + 1) for position in query))
-        if self.kind in REGION_KINDS:
-            region = self._aggregated(self.theta(x))
-            point, keys = region[at], self._pooled(region, "after")
-        else:
-            point, keys = self._query(x[at]), self._key(self._pooled(x, "before"))
-        rows = self._rows(point, keys)
-        return affinity(self.kind, *rows, self._factor).squeeze(1).unflatten(1, keys.shape[2:])
+        return maps.row(self, x, inputs.position(query, x))
 
     def explain(self, x: torch.Tensor) -> Explanation:
         """Say which backend attends for an input like `x`, and why the others do not.
@@ -264,8 +250,9 @@ class NonLocalBlock(nn.Module):
             x: (B, dim, *positions).
 
         Returns:
-            An `Explanation`, of one group's attention where `temporal_group` is set. For region
-            kinds `problem` also names the backend that aggregates.
+            An `Explanation`, of one group's attention where `temporal_group` is set. Its `problem`
+            also names the backend that aggregates regions, and says why the layers run one after
+            another where they do.
 
         Raises:
             What `forward` raises.
@@ -278,19 +265,29 @@ class NonLocalBlock(nn.Module):
         """
         inputs.check(self, x)
         with torch.no_grad():
-            features = self._features(self._fold(x))
-            rows = self._rows(*features)
-            if self.kind == "concat":
-                return functional.explain("nonlocal_concat", *rows, backend=self._backend)
+            rows = self._path.operands(self, x)
+        if self.kind == "concat":
+            found = functional.explain("nonlocal_concat", *rows, backend=self._backend)
+        else:
             found = functional.explain("nonlocal_attention", *rows, **self._options())
-            if self.region is None:
-                return found
-            # The aggregated map stands for theta's, which has its size, dtype and format.
-            regions = self.region.explain(features[0], layers.region_backend(self.backend))
-            return found._replace(problem=f"{found.problem}; {regions.backend} aggregates regions")
+        parts = [found.problem]
+        if self.region is not None:
+            # x in the projections' channels stands for theta's map.
+            like = x[:, :1].expand(-1, self.inner, *x.shape[2:]).to(rows[2].dtype)
+            regions = self.region.explain(like, layers.region_backend(self.backend))
+            parts.append(f"{regions.backend} aggregates regions")
+        obstacles = fast.obstacles(self)
+        if obstacles:
+            parts.append(f"its layers run one after another, as {', '.join(obstacles)}")
+        return found._replace(problem="; ".join(parts))
 
     def extra_repr(self) -> str:
         return printed.line(self)
+
+    @property
+    def _path(self):
+        """The module that computes this block: `fast`, or `plain` where that has obstacles."""
+        return plain if fast.obstacles(self) else fast
 
     @property
     def _name(self) -> str:
@@ -330,64 +327,7 @@ class NonLocalBlock(nn.Module):
             layers.initialise_concat(self.concat_weight, options.out_init)
         layers.close(self.out, self.norm, options.zero_init)
 
-    def _fold(self, x: torch.Tensor) -> torch.Tensor:
-        """Groups of frames as items of the batch: (B T/t, C, t, H, W)."""
-        group = self.temporal_group
-        if group is None or group >= x.shape[2]:
-            return x
-        return x.unflatten(2, (-1, group)).transpose(1, 2).flatten(0, 1)
-
-    def _features(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Maps (B, channels, *positions) of query, key and value; one that is two is computed once.
-
-        Of a region kind, query and key are theta's aggregated map and the value is theta's own.
-        """
-        if self.kind in REGION_KINDS:
-            value = self.theta(x)
-            query = self._aggregated(value)
-            return query, self._pooled(query, "after"), self._pooled(value, "after")
-        source = self._pooled(x, "before")
-        return self._query(x), self._key(source), self._pooled(self.g(source), "after")
-
-    def _query(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.kind == "gaussian" else self.theta(x)
-
-    def _key(self, source: torch.Tensor) -> torch.Tensor:
-        return self._pooled(source if self.kind == "gaussian" else self.phi(source), "after")
-
-    def _pooled(self, features: torch.Tensor, order: str) -> torch.Tensor:
-        """The features, pooled if this block pools at this point."""
-        pools = self.pool is not None and self.pool_order == order
-        return self.pool(features) if pools else features
-
-    def _aggregated(self, features: torch.Tensor) -> torch.Tensor:
-        if self.region is not None:
-            features = self.region(features, layers.region_backend(self.backend))
-        if self.region_l2norm:
-            wide = features.to(torch.promote_types(features.dtype, torch.float32))
-            features = F.normalize(wide, dim=1).to(features.dtype)
-        return features
-
-    def _rows(self, *features: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Operands of the attention: query (B,N,D), key (B,M,D) and, if given, value (B,M,V).
-
-        They are views. For "concat" query and key are scores (B,N) and (B,M).
-        """
-        if torch.compiler.is_compiling():  # Dynamo takes no tensor for two of an operator's inputs
-            rows = [feature.flatten(2).mT for feature in features]
-        else:
-            once = {id(feature): feature.flatten(2).mT for feature in features}
-            rows = [once[id(feature)] for feature in features]
-        if self.kind == "concat":
-            rows[:2] = map(scores, rows[:2], self.concat_weight)
-        return tuple(rows)
-
     def _attend(self, *rows: torch.Tensor) -> torch.Tensor:
         if self.kind == "concat":
             return functional.nonlocal_concat(*rows, backend=self._backend)
         return functional.nonlocal_attention(*rows, **self._options())
-
-    def _finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        maps = attended.mT.unflatten(2, x.shape[2:])
-        out = self.out(maps.contiguous(memory_format=layers.memory_format(x)))
-        return x + (out if self.norm is None else self.norm(out))

@@ -196,6 +196,14 @@ def _is_zero(tensor: torch.Tensor) -> bool:
     return not tensor.detach().any()
 
 
+def rows(*features: torch.Tensor) -> list[torch.Tensor]:
+    """Maps (B, C, *positions) as rows (B, N, C): views, of one map one."""
+    if torch.compiler.is_compiling():  # Dynamo takes no tensor for two of an operator's inputs
+        return [feature.flatten(2).mT for feature in features]
+    once = {id(feature): feature.flatten(2).mT for feature in features}
+    return [once[id(feature)] for feature in features]
+
+
 def memory_format(x: torch.Tensor) -> torch.memory_format:
     """The channels-last format of a tensor that has it, else the contiguous one."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())

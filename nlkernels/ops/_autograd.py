@@ -1,5 +1,6 @@
 """Gradients of gradients, for every operation whose rows are independent given key and value."""
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,47 @@ _MATRICES = 12
 def differentiates_again() -> bool:
     """Whether a backward pass is itself recorded (create_graph=True), outside of tracing."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def signed(function: type) -> type:
+    """Decorator of an autograd.Function: its forward's signature is found once.
+
+    torch asks for it in every call, which takes longer than many an operation.
+    """
+    function.forward.__signature__ = inspect.signature(function.forward)
+    return function
+
+
+def differentiated(
+    definition: Callable, arguments: tuple, *grads: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """Gradients by plain autograd through an operation's definition, as part of a graph.
+
+    Args:
+        definition: takes `arguments`, returns a tensor or several.
+        arguments: of the call, tensors among them, as the graph of the caller knows them.
+        grads: of what the definition returns.
+
+    Returns:
+        For each argument its gradient, None where it takes none.
+    """
+    # Views, as one argument may have been computed from another.
+    own = [
+        a.view_as(a) if isinstance(a, torch.Tensor) and a.requires_grad else a for a in arguments
+    ]
+    wanted = [a for a in own if isinstance(a, torch.Tensor) and a.requires_grad]
+    with torch.autocast(grads[0].device.type, enabled=False):
+        results = definition(*own)
+        results = results if isinstance(results, tuple) else (results,)
+        pairs = [pair for pair in zip(results, grads, strict=True) if pair[0].requires_grad]
+        outputs, cotangents = zip(*pairs, strict=True)
+        found = torch.autograd.grad(
+            outputs, wanted, cotangents, create_graph=True, materialize_grads=True
+        )
+    gradients = iter(found)
+    return [
+        next(gradients) if isinstance(a, torch.Tensor) and a.requires_grad else None for a in own
+    ]
 
 
 def distinct(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:

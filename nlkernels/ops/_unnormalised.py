@@ -106,6 +106,7 @@ def _operator(name: str, direction: str) -> Any:
     return getattr(torch.ops.nlkernels, f"{name}_{direction}")
 
 
+@_autograd.signed
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(query, key, value, name, scale, backend, workspace_mib):

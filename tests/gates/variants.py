@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import nlkernels.ops
 from nlkernels import _launch, _tune
 from nlkernels._launch import Config
-from tests.gates import concat_problems, gate_problems
+from tests.gates import concat_problems, gate_problems, pointwise_problems, pool_problems
 from tests.gates.compiling import Launch, specialisation
 
 ARCHITECTURES = (80, 89, 90, 120)
@@ -229,6 +229,14 @@ FAMILIES = (
         concat_problems.FIRST,
     ),
     Family("gate.triton", gate_problems.run, gate_problems.described, gate_problems.FIRST, []),
+    Family(
+        "pointwise.triton",
+        pointwise_problems.run,
+        pointwise_problems.described,
+        pointwise_problems.FIRST,
+        pointwise_problems.OTHERS,
+    ),
+    Family("pool.triton", pool_problems.run, pool_problems.described, pool_problems.FIRST, []),
 )
 
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nlkernels import NonLocalBlock1d, NonLocalBlock2d, NonLocalBlock3d, functional
+from nlkernels.modules import fast
 from nlkernels.modules.layers import RegionAggregation
 from tests.modules.by_hand import block, by_hand, features
 
@@ -32,13 +33,24 @@ def test_one_projection_and_one_aggregation(kind):
     made = block(kind=kind, backend="chunked")
     with Calls() as calls:
         made(features(2, 6, 4, 5, 7))
+    assert calls.counts["block_project"] == calls.counts["pointwise"] == 1  # theta and out
+    assert calls.counts["region_forward"] == 1
+    assert "_to_copy" not in calls.counts and "convolution" not in calls.counts
+    with Calls() as calls:
+        block(kind=kind, region_kernel=(1, 1, 1), backend="chunked")(features(2, 6, 4, 5, 7))
+    assert calls.counts["block_project"] == 1 and "region_forward" not in calls.counts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_one_after_another_project_and_aggregate_once(kind):
+    made = block(kind=kind, backend="chunked")
+    made.fused = False
+    with Calls() as calls:
+        made(features(2, 6, 4, 5, 7))
     assert calls.counts["convolution"] == 2  # theta and out
     assert calls.counts["region_forward"] == 1
     assert calls.counts["clone"] == 1  # the attended rows, for out
     assert "_to_copy" not in calls.counts
-    with Calls() as calls:
-        block(kind=kind, region_kernel=(1, 1, 1), backend="chunked")(features(2, 6, 4, 5, 7))
-    assert calls.counts["convolution"] == 2 and "region_forward" not in calls.counts
 
 
 @pytest.mark.parametrize("kernel", [(3, 1, 5), (1, 1, 1)])
@@ -61,11 +73,16 @@ def test_query_and_key_are_one_tensor(kind, l2norm, kernel, monkeypatch):
     assert (value is query) == (kernel == (1, 1, 1) and not l2norm)
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_saved(kind, autocast):
-    """x, u, s, what the attention and out return, and out's input: each map once."""
+def test_what_is_saved(kind, autocast, fused):
+    """x, u, s and what the attention returns, each map once: what out returns is computed again.
+
+    For layers one after another also what out returns, and out's input, a copy of these rows.
+    """
     made = block(kind=kind, dtype=torch.float32, pool=None, backend="chunked", inner=6)
+    made.fused = fused
     x = features(2, 6, 4, 6, 6, dtype=torch.float32)
     storages = {}
 
@@ -81,8 +98,9 @@ def test_what_is_saved(kind, autocast):
         made(x)
     size = x.numel() * (2 if autocast else 4)
     maps = [nbytes for nbytes, _ in storages.values() if nbytes >= size]
-    # relu saves no output of the attention.
-    assert len(maps) == (6 if kind == "region_softmax" else 5)
+    # relu saves no output of the attention, out's input is that.
+    whole = 4 if fused else 6 if kind == "region_softmax" else 5
+    assert len(maps) == whole
     assert set(maps) == {size}
 
 
@@ -103,8 +121,8 @@ def test_lengths_are_taken_in_float32():
     )
     with torch.no_grad():
         made.theta.weight.mul_(2000)  # squares beyond the range of float16
-    query, _, _ = made._features(features(1, 6, 1, 2, 2, dtype=torch.float16))
-    lengths = query.double().square().sum(1).sqrt()
+    query, _, _ = fast.operands(made, features(1, 6, 1, 2, 2, dtype=torch.float16))
+    lengths = query.double().square().sum(2).sqrt()
     torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=2e-3, atol=0)
 
 

@@ -49,6 +49,7 @@ def attend(
     return _Concat.apply(*operands, backend)
 
 
+@_autograd.signed
 class _Concat(torch.autograd.Function):
     @staticmethod
     def forward(query_score, key_score, value, backend):

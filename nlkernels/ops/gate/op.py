@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from nlkernels import _ext, _launch, _operations, _select
-from nlkernels.ops._autograd import differentiates_again
+from nlkernels.ops._autograd import differentiates_again, signed
 from nlkernels.ops._library import define
 from nlkernels.ops._tiles import accumulator_dtype
 from nlkernels.ops.gate import chunked, cpp, reference
@@ -59,6 +59,7 @@ def pool(
     return _Pool.apply(x, weight, bias, backend)
 
 
+@signed
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, bias, backend):

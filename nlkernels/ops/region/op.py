@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from nlkernels import _ext, _launch, _operations, _select
-from nlkernels.ops._autograd import differentiates_again
+from nlkernels.ops._autograd import differentiates_again, signed
 from nlkernels.ops._library import define
 from nlkernels.ops.region import chunked, cpp, reference
 from nlkernels.ops.region.choice import TABLE
@@ -53,6 +53,7 @@ def aggregate(x: torch.Tensor, weight: torch.Tensor, backend: str = "auto") -> t
     return _Region.apply(x, weight, backend)
 
 
+@signed
 class _Region(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, backend):

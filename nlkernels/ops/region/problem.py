@@ -1,5 +1,6 @@
 """What region aggregation is asked to do, and the layout of what it returns."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,9 @@ class RegionProblem(NamedTuple):
 
 def is_channels_last(x: torch.Tensor) -> bool:
     """Whether channels are neighbours in memory, and positions are not."""
-    return x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    if x.shape[1] == 1 or math.prod(x.shape[2:]) == 1:
+        return False
+    return x.stride(1) == 1 and not x.is_contiguous()
 
 
 def like(x: torch.Tensor) -> torch.Tensor:

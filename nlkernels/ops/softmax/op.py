@@ -70,6 +70,7 @@ def attention(
     return _Softmax.apply(*operands, scale, backend, workspace_mib)[0]
 
 
+@_autograd.signed
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(query, key, value, scale, backend, workspace_mib):

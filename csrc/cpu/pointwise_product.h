@@ -1,0 +1,223 @@
+// Pointwise products: weights are packed once, then blocks of positions, each by one thread.
+//
+//   channels of the result are neighbours in memory   positions are rows of C, weights its panels
+//   positions are (maps of channels, NCDHW)           weights are rows of C, positions its panels
+//
+// so that results are written from end to end in both.
+#ifndef NLK_CPU_POINTWISE_PRODUCT_H_
+#define NLK_CPU_POINTWISE_PRODUCT_H_
+
+#include "cpu/attention_plan.h"
+#include "cpu/pack.h"
+#include "nlk/pointwise.h"
+
+namespace nlk {
+namespace NLK_ISA {
+namespace {
+
+template <typename T>
+class PointwiseProduct {
+  typedef typename FactorOf<T>::Type E;
+  typedef Computed<T> Number;
+  // Positions of a block, and results that are written at once: these and the packed positions stay
+  // in the second-level cache.
+  static constexpr std::int64_t kRowsOfBlock = 2 * kTallPanel, kColumnsOfResults = 512;
+  static constexpr std::int64_t kColumnsOfBlock = 4 * kPanel<E>, kRowsOfResults = 192;
+
+ public:
+  explicit PointwiseProduct(const PointwiseArguments& call) : a_(call) {
+    maps_ = a_.out.channel != 1 && a_.out.row == 1;
+    unit_ = maps_ ? kPanel<E> / 2 : 4 * kRowStep;
+    units_ = blocks_of(a_.positions, unit_);
+    const std::int64_t most = maps_ ? kColumnsOfBlock : kRowsOfBlock;
+    // As many blocks for each thread, of almost equal size.
+    blocks_ = smaller_of(units_, rounded_up(blocks_of(a_.positions, most), a_.threads));
+  }
+
+  // Where what lies; returns the bytes of it all.
+  std::int64_t lay_out(void* workspace) {
+    Pieces pieces(workspace);
+    for (int s = 0; s < a_.sources; ++s) {
+      const std::int64_t depth = a_.source[s].depth;
+      weights_[s] =
+          pieces.take<E>(maps_ ? rounded_up(a_.channels, kRowStep) * packed_stride<E>(depth)
+                               : padded_columns<E>(a_.channels) * whole_groups(depth));
+    }
+    const std::int64_t shared = pieces.bytes();
+    const std::int64_t count = blocks_of(units_, blocks_) * unit_;
+    const std::int64_t columns = padded_columns<E>(count), rows = rounded_up(count, kTallPanel);
+    for (int s = 0; s < a_.sources; ++s) {
+      const std::int64_t depth = a_.source[s].depth;
+      positions_[s] = pieces.take<E>(maps_ ? columns * whole_groups(depth)
+                                           : rows * packed_stride<E>(depth));
+    }
+    results_row_ =
+        maps_ ? columns : padded_columns<E>(smaller_of(a_.channels, kColumnsOfResults));
+    const std::int64_t of_channels = rounded_up(smaller_of(a_.channels, kRowsOfResults), kRowStep);
+    results_ = pieces.take<Number>((maps_ ? of_channels : rows) * results_row_);
+    thread_bytes_ = pieces.bytes() - shared;
+    return shared + a_.threads * thread_bytes_;
+  }
+
+  bool run() {
+    lay_out(a_.workspace);
+    const std::int64_t pieces = blocks_of(a_.channels, kPanel<E>);
+    auto pack = [&](std::int64_t task, int) {
+      pack_weight(static_cast<int>(task / pieces), task % pieces * kPanel<E>);
+    };
+    if (!parallel(a_.threads, a_.sources * pieces, pack)) return false;
+    auto block = [&](std::int64_t task, int thread) {
+      const std::int64_t number = task % blocks_;
+      const std::int64_t first = number * units_ / blocks_ * unit_;
+      const std::int64_t end = smaller_of(a_.positions, (number + 1) * units_ / blocks_ * unit_);
+      const Block at{task / blocks_, first, end - first, thread};
+      if (maps_) {
+        compute_maps(at);
+      } else {
+        compute_rows(at);
+      }
+    };
+    return parallel(a_.threads, a_.batch * blocks_, block);
+  }
+
+ private:
+  struct Block {
+    std::int64_t item, first, count;
+    int thread;
+  };
+
+  static std::int64_t whole_groups(std::int64_t depth) { return rounded_up(depth, kGroup<E>); }
+
+  void pack_weight(int s, std::int64_t first) {
+    const PointwiseSource& source = a_.source[s];
+    const std::int64_t count = smaller_of(kPanel<E>, a_.channels - first);
+    const Part<T> part{static_cast<const T*>(source.weight) + first * source.weight_row,
+                       source.weight_row, source.weight_channel};
+    if (!maps_) {
+      E* to = weights_[s] + first * whole_groups(source.depth);
+      pack_panel<E, T>(transposed(part), source.depth, count, panel_width<E>(count), to);
+      return;
+    }
+    const std::int64_t stride = packed_stride<E>(source.depth);
+    const bool last = first + count == a_.channels;
+    const std::int64_t rows = last ? rounded_up(a_.channels, kRowStep) - first : count;
+    E* to = weights_[s] + first * stride;
+    pack_rows<E, T>(part, count, source.depth, to, stride, rows, stride);
+  }
+
+  // ---- positions are rows ----------------------------------------------------------------------
+
+  void compute_rows(const Block& at) {
+    Number* results = own_piece(results_, at.thread, thread_bytes_);
+    RowFactors factors[3];
+    for (int s = 0; s < a_.sources; ++s) factors[s] = position_rows(s, at);
+    for (std::int64_t column = 0; column < a_.channels; column += kColumnsOfResults) {
+      const std::int64_t columns = smaller_of(kColumnsOfResults, a_.channels - column);
+      for (int s = 0; s < a_.sources; ++s) {
+        const std::int64_t depth = whole_groups(a_.source[s].depth);
+        const std::int64_t at_once = a_.source[s].features.channel == 1 ? at.count : kTallPanel;
+        RowFactors rows = factors[s];
+        for (std::int64_t row = 0; row < at.count; row += at_once) {
+          const std::int64_t count = smaller_of(at_once, at.count - row);
+          multiply<E>(rows, weights_[s] + column * depth, depth, rounded_up(count, kRowStep),
+                      columns, depth, results + row * results_row_, results_row_, s > 0);
+          rows.data += kTallPanel * depth * static_cast<std::int64_t>(sizeof(E));
+        }
+      }
+      const Number* shift = static_cast<const Number*>(a_.shift);
+      for (std::int64_t r = 0; r < at.count; ++r) {
+        write_line(at.item, at.first + r, column, a_.out.channel, a_.base.channel,
+                   results + r * results_row_, columns, shift ? shift + column : nullptr, Number{0});
+      }
+    }
+  }
+
+  // The rows of a block, or its first tall panel where channels are apart.
+  RowFactors position_rows(int s, const Block& at) {
+    const PointwiseSource& source = a_.source[s];
+    E* to = own_piece(positions_[s], at.thread, thread_bytes_);
+    const Part<T> part = part_of<T>(source.features, at.item, at.first, 0);
+    if (part.column == 1) return row_factors<E, T>(part, at.count, source.depth, to);
+    for (std::int64_t row = 0; row < at.count; row += kTallPanel) {
+      const Part<T> from{part.data + row * part.row, part.column, part.row};
+      pack_panel<E, T>(from, source.depth, smaller_of(kTallPanel, at.count - row), kTallPanel,
+                       to + row * whole_groups(source.depth));
+    }
+    return in_tall_panel(to);
+  }
+
+  // ---- positions are columns -------------------------------------------------------------------
+
+  void compute_maps(const Block& at) {
+    Number* results = own_piece(results_, at.thread, thread_bytes_);
+    for (int s = 0; s < a_.sources; ++s) pack_columns(s, at);
+    for (std::int64_t row = 0; row < a_.channels; row += kRowsOfResults) {
+      const std::int64_t rows = smaller_of(kRowsOfResults, a_.channels - row);
+      for (int s = 0; s < a_.sources; ++s) {
+        const std::int64_t depth = whole_groups(a_.source[s].depth);
+        const std::int64_t stride = packed_stride<E>(a_.source[s].depth);
+        multiply<E>(in_rows(weights_[s] + row * stride, stride),
+                    own_piece(positions_[s], at.thread, thread_bytes_), depth,
+                    rounded_up(rows, kRowStep), at.count, depth, results, results_row_, s > 0);
+      }
+      const Number* shift = static_cast<const Number*>(a_.shift);
+      for (std::int64_t r = 0; r < rows; ++r) {
+        write_line(at.item, at.first, row + r, a_.out.row, a_.base.row, results + r * results_row_,
+                   at.count, nullptr, shift ? shift[row + r] : Number{0});
+      }
+    }
+  }
+
+  void pack_columns(int s, const Block& at) {
+    const PointwiseSource& source = a_.source[s];
+    E* to = own_piece(positions_[s], at.thread, thread_bytes_);
+    for (std::int64_t column = 0; column < at.count; column += kPanel<E>) {
+      const std::int64_t columns = smaller_of(kPanel<E>, at.count - column);
+      const Part<T> part = part_of<T>(source.features, at.item, at.first + column, 0);
+      pack_panel<E, T>(transposed(part), source.depth, columns, panel_width<E>(columns),
+                       to + column * whole_groups(source.depth));
+    }
+  }
+
+  // ---- results ---------------------------------------------------------------------------------
+
+  // Results that follow each other by the strides of out and base, from a position and channel on.
+  void write_line(std::int64_t item, std::int64_t position, std::int64_t channel,
+                  std::int64_t out_step, std::int64_t base_step, const Number* results,
+                  std::int64_t count, const Number* shifts, Number shift) {
+    T* to = static_cast<T*>(a_.out.data) + item * a_.out.item + position * a_.out.row +
+            channel * a_.out.channel;
+    const T* base = static_cast<const T*>(a_.base.data);
+    if (base) base += item * a_.base.item + position * a_.base.row + channel * a_.base.channel;
+    if (out_step == 1 && (!base || base_step == 1)) {
+      constexpr int lanes = kLanes<Number>;
+      for (std::int64_t i = 0; i < count; i += lanes) {
+        const int some = static_cast<int>(smaller_of(lanes, count - i));
+        Vector<Number> sum = load(results + i) + splat<Number>(shift);
+        if (shifts) sum = sum + load_some(shifts + i, some);
+        if (base) sum = sum + load_some(base + i, some);
+        store_some(to + i, sum, some);
+      }
+      return;
+    }
+    for (std::int64_t i = 0; i < count; ++i) {
+      Number sum = results[i] + shift;
+      if (shifts) sum += shifts[i];
+      if (base) sum += widen(base[i * base_step]);
+      to[i * out_step] = narrow<T>(sum);
+    }
+  }
+
+  PointwiseArguments a_;
+  bool maps_;
+  std::int64_t unit_, units_, blocks_, results_row_ = 0, thread_bytes_ = 0;
+  E* weights_[3] = {};
+  E* positions_[3] = {};  // from here on each thread's own
+  Number* results_ = nullptr;
+};
+
+}  // namespace
+}  // namespace NLK_ISA
+}  // namespace nlk
+
+#endif  // NLK_CPU_POINTWISE_PRODUCT_H_
