@@ -16,13 +16,13 @@ import torch
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 
-from nlkernels._arguments import requested_backend
+from nlkernels._arguments import autocast, requested_backend
 from nlkernels._operations import OPERATIONS
-from nlkernels._spec import DTYPES, autocasts
 from nlkernels.modules import layers, plain
 from nlkernels.modules.affinity import scores
 from nlkernels.modules.options import REGION_KINDS
 from nlkernels.ops._positions import position_stride
+from nlkernels.ops.block.layout import map_of
 from nlkernels.ops.block.merge import Norm, merge
 from nlkernels.ops.block.project import project
 from nlkernels.ops.pool import op as pooling
@@ -86,7 +86,7 @@ def operands(block: "NonLocalBlock", x: torch.Tensor) -> tuple[torch.Tensor, ...
 
 def _operands(block, x):
     """The same, and x as the residual connection takes it."""
-    source = _laid_out(block, x).to(_dtype(x))
+    (source,) = autocast(_laid_out(block, x))
     window = [] if block.pool_size is None else [*[1] * (3 - block.dims), *block.pool_size]
     after = block.pool_order == "after"
     backend = _backend(block)
@@ -148,7 +148,7 @@ def _forward(block, x):
 
 def score(block: "NonLocalBlock", x: torch.Tensor, which: int) -> torch.Tensor:
     """Scores (B, N) of a concatenation's query (0) or key (1) at all positions of x."""
-    source = _laid_out(block, x).to(_dtype(x))
+    (source,) = autocast(_laid_out(block, x))
     layer = _parameters(block, ("theta", "phi")[which], source.dtype)
     composed, none = _composed(block.concat_weight[which], *layer), (None, None)
     found = project(source, composed, none, none, [], False, _backend(block))
@@ -168,7 +168,7 @@ def _laid_out(block: "NonLocalBlock", x: torch.Tensor) -> torch.Tensor:
     unless windows span several of them.
     """
     if block.dims < 3:
-        return x.unflatten(2, (*[1] * (5 - x.dim()), x.shape[2]))
+        return layers.lifted(x)
     frames = x.transpose(1, 2)
     spans = block.pool_size is not None and block.pool_size[0] > 1
     items_apart = x.stride(0) != x.shape[2] * x.stride(2) and x.shape[0] > 1
@@ -186,7 +186,7 @@ def _as_given(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """What is laid out like `_laid_out(x)`, in x's own shape."""
     if out.shape[0] != x.shape[0]:
         return out.squeeze(2).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
-    return out.flatten(2, 5 - x.dim() + 2)
+    return layers.lowered(out, x.dim())
 
 
 def _items(rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -200,14 +200,6 @@ def _items(rows: torch.Tensor, count: int) -> torch.Tensor:
 def _groups(block: "NonLocalBlock", x: torch.Tensor) -> int:
     """Groups of frames that a clip has."""
     return 1 if block.temporal_group is None else max(1, x.shape[2] // block.temporal_group)
-
-
-def _dtype(x: torch.Tensor) -> torch.dtype:
-    """Dtype in which a block computes: in an autocast region that of the region."""
-    device = x.device.type
-    return (
-        torch.get_autocast_dtype(device) if autocasts(device) and x.dtype in DTYPES[:3] else x.dtype
-    )
 
 
 def _backend(block: "NonLocalBlock") -> str:
@@ -252,7 +244,7 @@ def _composed(scores, weight, bias):
 
 def _regions(block, projected, sizes, window, backend):
     """Query and key are the aggregated map, value is the map itself; the last two pooled."""
-    value = projected.mT.unflatten(2, sizes)
+    value = map_of(projected, sizes)
     query = plain.aggregated(block, value)
     key = _pooled(query, window, backend)
     maps = (query, key, value if query is value and not window else _pooled(value, window, backend))
@@ -263,9 +255,7 @@ def _pooled(features, window, backend):
     """(B, P, *positions), pooled."""
     if not window:
         return features
-    sizes = features.shape[2:]
-    lifted = features.unflatten(2, (*[1] * (3 - len(sizes)), sizes[0]))
-    return pooling.pool(lifted, window, backend).flatten(2, 5 - features.dim() + 2)
+    return layers.lowered(pooling.pool(layers.lifted(features), window, backend), features.dim())
 
 
 def _norm(layer: nn.Module | None) -> Norm | None:

@@ -9,6 +9,7 @@ from nlkernels import functional
 from nlkernels._operations import OPERATIONS
 from nlkernels._select import Explanation
 from nlkernels.modules.options import BlockOptions
+from nlkernels.ops.block.layout import rows_of
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -91,7 +92,7 @@ class RegionAggregation(nn.Module):
 
     def forward(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         out = functional.region_aggregate(*self._lifted(x), backend=backend)
-        return out.flatten(2, out.dim() - x.dim() + 2)
+        return lowered(out, x.dim())
 
     def explain(self, x: torch.Tensor, backend: str = "auto") -> Explanation:
         """Say which backend aggregates `x`."""
@@ -100,8 +101,7 @@ class RegionAggregation(nn.Module):
     def _lifted(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Input and weight with the axes of size 1 that they lack, in front of their own."""
         ones = (1,) * (5 - x.dim())
-        weight = self.weight.unflatten(1, (*ones, self.weight.shape[1]))
-        return x.unflatten(2, (*ones, x.shape[2])), weight
+        return lifted(x), self.weight.unflatten(1, (*ones, self.weight.shape[1]))
 
     def extra_repr(self) -> str:
         channels, *kernel = self.weight.shape
@@ -196,11 +196,21 @@ def _is_zero(tensor: torch.Tensor) -> bool:
     return not tensor.detach().any()
 
 
+def lifted(features: torch.Tensor) -> torch.Tensor:
+    """(B, C, *positions) as (B, C, T, H, W), with axes of size 1 in front of its own: a view."""
+    return features.unflatten(2, (*[1] * (5 - features.dim()), features.shape[2]))
+
+
+def lowered(features: torch.Tensor, dims: int) -> torch.Tensor:
+    """What was lifted, with so many axes again."""
+    return features.flatten(2, features.dim() - dims + 2)
+
+
 def rows(*features: torch.Tensor) -> list[torch.Tensor]:
     """Maps (B, C, *positions) as rows (B, N, C): views, of one map one."""
     if torch.compiler.is_compiling():  # Dynamo takes no tensor for two of an operator's inputs
-        return [feature.flatten(2).mT for feature in features]
-    once = {id(feature): feature.flatten(2).mT for feature in features}
+        return [rows_of(feature) for feature in features]
+    once = {id(feature): rows_of(feature) for feature in features}
     return [once[id(feature)] for feature in features]
 
 

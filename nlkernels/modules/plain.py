@@ -18,7 +18,7 @@ def forward(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """The block's output, and the operands of its attention."""
     folded = fold(block, x)
-    rows = operands(block, folded)
+    rows = as_operands(block, *_features(block, folded))
     maps = block._attend(*rows).mT.unflatten(2, folded.shape[2:])
     out = block.out(maps.contiguous(memory_format=layers.memory_format(folded)))
     out = folded + (out if block.norm is None else block.norm(out))

@@ -69,9 +69,9 @@ def project(
     rows = _Project.apply(x, *query, *key, *value, list(window), after, backend)
     found = Rows(*rows[:4])
     if query[0] is None:
-        found = found._replace(query=found.x.flatten(2).mT)
+        found = found._replace(query=rows_of(found.x))
     if key[0] is None and value[0] is not None and not window:
-        found = found._replace(key=found.x.flatten(2).mT)
+        found = found._replace(key=rows_of(found.x))
     return found
 
 
