@@ -15,6 +15,7 @@ from tests.helpers import SHORT, assert_not_worse
 from tests.ops import isas
 from tests.ops.cpp_attention import dtypes, needs_compiler, threads
 from tests.ops.test_region import FORMATS, LAYOUTS, moved
+from tests.ops.winners import WINNERS
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("poison")]
 
@@ -102,29 +103,17 @@ def test_results_gradients_and_winners_are_torchs(backend, shape, window, layout
 @formats
 @backends
 def test_the_first_of_equals_wins_and_a_later_nan_replaces(backend, layout, dtype):
-    nan, low = float("nan"), -float("inf")
-    windows = [
-        ([1, 2, 2, 0], 1),
-        ([3, 3, 3, 3], 0),
-        ([low] * 4, 0),
-        ([-0.0, 0.0, 0.0, -0.0], 0),
-        ([nan, 5, 1, 1], 0),
-        ([1, 5, nan, 9], 2),
-        ([nan, 5, nan, 9], 2),
-        ([nan] * 4, 3),
-        ([low, low, 1, nan], 3),
-    ]
-    numbers = torch.tensor([numbers for numbers, _ in windows]).view(1, -1, 1, 2, 2)
+    numbers = torch.tensor([numbers for numbers, _ in WINNERS]).view(1, -1, 1, 2, 2)
     x = torch.cat([numbers] * 5, 4).to(dtype).contiguous(memory_format=FORMATS[layout])
     module = BACKENDS[backend]
     out, winners = module.forward(x, [1, 2, 2])
     found = problem.unpacked(winners, 9 if layout != "ncdhw" else 5, layout != "ncdhw", [1, 2, 2])
     for place in range(5):
-        assert found[0, :, 0, 0, place].tolist() == [winner for _, winner in windows]
+        assert found[0, :, 0, 0, place].tolist() == [winner for _, winner in WINNERS]
     assert same(out, F.max_pool3d(x, [1, 2, 2]))
     d_x = module.backward(torch.ones_like(out), winners, torch.zeros_like(x), [1, 2, 2])
     places = d_x[0, :, 0, :, 2:4].flatten(1).argmax(1)
-    assert places.tolist() == [place for _, place in windows]
+    assert places.tolist() == [place for _, place in WINNERS]
 
 
 @dtypes

@@ -13,6 +13,7 @@ from nlkernels.ops.pool.problem import PoolProblem
 from nlkernels.ops.region.problem import like as region_like
 from tests.helpers import DEVICE, assert_not_worse
 from tests.ops.test_region import FORMATS, LAYOUTS, moved
+from tests.ops.winners import WINNERS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Winners of 2, 4 and 8 bits, sizes that are no multiples of windows, bytes or tiles, windows of one
@@ -86,26 +87,14 @@ def test_results_and_winners_are_those_of_cpp(shape, window, layout, dtype):
 @dtypes
 @formats
 def test_the_first_of_equals_wins_and_a_later_nan_replaces(layout, dtype):
-    nan, low = float("nan"), -float("inf")
-    windows = [
-        ([1, 2, 2, 0], 1),
-        ([3, 3, 3, 3], 0),
-        ([low] * 4, 0),
-        ([-0.0, 0.0, 0.0, -0.0], 0),
-        ([nan, 5, 1, 1], 0),
-        ([1, 5, nan, 9], 2),
-        ([nan, 5, nan, 9], 2),
-        ([nan] * 4, 3),
-        ([low, low, 1, nan], 3),
-    ]
-    numbers = torch.tensor([numbers for numbers, _ in windows]).view(1, -1, 1, 2, 2)
+    numbers = torch.tensor([numbers for numbers, _ in WINNERS]).view(1, -1, 1, 2, 2)
     x = torch.cat([numbers] * 3, 4).to(dtype).to(DEVICE).contiguous(memory_format=FORMATS[layout])
     out, winners = kernels.forward(x, [1, 2, 2])
     expected, packed = chunked.forward(x, [1, 2, 2])
     assert same(out, expected) and torch.equal(winners, packed)
     d_x = kernels.backward(torch.ones_like(out), winners, torch.zeros_like(x), [1, 2, 2])
     places = d_x[0, :, 0, :, 2:4].flatten(1).argmax(1)
-    assert places.tolist() == [place for _, place in windows]
+    assert places.tolist() == [place for _, place in WINNERS]
     assert torch.equal(d_x.sum((3, 4)), torch.full_like(d_x.sum((3, 4)), 3.0))
 
 
