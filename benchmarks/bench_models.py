@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import block_measure, results
-from benchmarks.bench_ops import BUSY_CORES
+from benchmarks.bench_ops import exit_code
 from benchmarks.model_cases import (
     DTYPES,
     MODELS,
@@ -98,13 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
             show(rows)
     file.close()
     print(f"written: {file.path}")
-    busy = max((row.get("foreign_cores") or 0.0 for row in file.report["rows"]), default=0.0)
-    if busy > BUSY_CORES:
-        print(f"bench_models: other processes took {busy:.2f} cores; repeat this", file=sys.stderr)
-    bad = [row for row in file.report["rows"] if row["status"] in ("refused", "failed")]
-    for row in bad:
-        print(f"{row['status']}: {row['reason']}", file=sys.stderr)
-    return 1 if bad else 0
+    return exit_code("bench_models", file.report["rows"])
 
 
 Job = Callable[[Plan], list[dict[str, Any]]]

@@ -128,10 +128,15 @@ def main(arguments: list[str] | None = None) -> int:
     state_shares(file.report["rows"], ceilings)
     file.close()
     print(f"written: {out}")
-    busy = max((row.get("foreign_cores") or 0.0 for row in file.report["rows"]), default=0.0)
+    return exit_code("bench_ops", file.report["rows"])
+
+
+def exit_code(program: str, rows: list[dict[str, Any]]) -> int:
+    """1 if a provider was refused or failed; says which, and whether the machine was busy."""
+    busy = max((row.get("foreign_cores") or 0.0 for row in rows), default=0.0)
     if busy > BUSY_CORES:
-        print(f"bench_ops: other processes took {busy:.2f} cores; repeat this", file=sys.stderr)
-    bad = [row for row in file.report["rows"] if row["status"] in ("refused", "failed")]
+        print(f"{program}: other processes took {busy:.2f} cores; repeat this", file=sys.stderr)
+    bad = [row for row in rows if row["status"] in ("refused", "failed")]
     for row in bad:
         print(f"{row['status']}: {row['reason']}", file=sys.stderr)
     return 1 if bad else 0
