@@ -164,10 +164,17 @@ class Linear {
       Number* results = own_piece(results_, thread, thread_bytes_);
       const Part<T> part = part_of<T>(rows, first_ + slot, row, 0);
       if (part.column == 1) fetch(part, count, depth);
-      multiply<E>(row_factors<E, T>(part, count, depth, factors), state + slot * area(),
-                  padded_depth, padded, columns, padded_depth, results, stride, false);
       T* to = static_cast<T*>(out.data) + (first_ + slot) * out.item + row * out.row;
-      write<T>(results, stride, 1, to, out.row, out.channel, count, columns, factor);
+      const auto product = [&](const auto& end) {
+        multiply<E>(row_factors<E, T>(part, count, depth, factors), state + slot * area(),
+                    padded_depth, padded, columns, padded_depth, results, stride, false, end);
+      };
+      if (out.channel == 1 && depth > 0) {
+        product(Written<T>{to, nullptr, out.row, 0, count, columns, nullptr, nullptr, factor});
+      } else {
+        product(Kept{});
+        write<T>(results, stride, 1, to, out.row, out.channel, count, columns, factor);
+      }
     };
     return parallel(p_.threads, count_ * tasks, body);
   }

@@ -131,10 +131,16 @@ template <typename E, typename T>
 void pack_panel(Part<T> from, std::int64_t depth, std::int64_t columns, std::int64_t width, E* to) {
   constexpr int group = kGroup<E>;
   constexpr int lanes = kLanes<Computed<E>>;
+  constexpr std::int64_t kLine = kLineBytes / static_cast<std::int64_t>(sizeof(T));
+  constexpr std::int64_t kRowsAhead = 16;  // rows of a map lie pages apart: each is asked for early
   for (std::int64_t k = 0; k < depth; k += group) {
     const std::int64_t present = smaller_of(group, depth - k);
     E* row = to + k * width;
     if (from.column == 1 && present == group) {
+      for (int g = 0; g < group; ++g) {
+        const T* ahead = from.data + (k + g + kRowsAhead) * from.row;
+        for (std::int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(ahead + c);
+      }
       for (std::int64_t v = 0; v < width; v += lanes) {
         const T* at = from.data + k * from.row + v;
         const int some = static_cast<int>(larger_of(0, smaller_of(lanes, columns - v)));

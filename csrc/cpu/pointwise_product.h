@@ -27,6 +27,9 @@ class PointwiseProduct {
  public:
   explicit PointwiseProduct(const PointwiseArguments& call) : a_(call) {
     maps_ = a_.out.channel != 1 && a_.out.row == 1;
+    const bool along = maps_ ? a_.base.row == 1 : a_.out.channel == 1 && a_.base.channel == 1;
+    is_direct_ = a_.source[a_.sources - 1].depth > 0 &&
+                 (along || (!a_.base.data && (maps_ || a_.out.channel == 1)));
     unit_ = maps_ ? kPanel<E> / 2 : 4 * kRowStep;
     units_ = blocks_of(a_.positions, unit_);
     const std::int64_t most = maps_ ? kColumnsOfBlock : kRowsOfBlock;
@@ -119,11 +122,19 @@ class PointwiseProduct {
         RowFactors rows = factors[s];
         for (std::int64_t row = 0; row < at.count; row += at_once) {
           const std::int64_t count = smaller_of(at_once, at.count - row);
-          multiply<E>(rows, weights_[s] + column * depth, depth, rounded_up(count, kRowStep),
-                      columns, depth, results + row * results_row_, results_row_, s > 0);
+          const auto product = [&](const auto& end) {
+            multiply<E>(rows, weights_[s] + column * depth, depth, rounded_up(count, kRowStep),
+                        columns, depth, results + row * results_row_, results_row_, s > 0, end);
+          };
+          if (is_direct_ && s == a_.sources - 1) {
+            product(written(at, row, count, column, columns));
+          } else {
+            product(Kept{});
+          }
           rows.data += kTallPanel * depth * static_cast<std::int64_t>(sizeof(E));
         }
       }
+      if (is_direct_) continue;
       const Number* shift = static_cast<const Number*>(a_.shift);
       for (std::int64_t r = 0; r < at.count; ++r) {
         write_line(at.item, at.first + r, column, a_.out.channel, a_.base.channel,
@@ -156,10 +167,18 @@ class PointwiseProduct {
       for (int s = 0; s < a_.sources; ++s) {
         const std::int64_t depth = whole_groups(a_.source[s].depth);
         const std::int64_t stride = packed_stride<E>(a_.source[s].depth);
-        multiply<E>(in_rows(weights_[s] + row * stride, stride),
-                    own_piece(positions_[s], at.thread, thread_bytes_), depth,
-                    rounded_up(rows, kRowStep), at.count, depth, results, results_row_, s > 0);
+        const auto product = [&](const auto& end) {
+          multiply<E>(in_rows(weights_[s] + row * stride, stride),
+                      own_piece(positions_[s], at.thread, thread_bytes_), depth,
+                      rounded_up(rows, kRowStep), at.count, depth, results, results_row_, s > 0, end);
+        };
+        if (is_direct_ && s == a_.sources - 1) {
+          product(written(at, 0, at.count, row, rows));
+        } else {
+          product(Kept{});
+        }
       }
+      if (is_direct_) continue;
       const Number* shift = static_cast<const Number*>(a_.shift);
       for (std::int64_t r = 0; r < rows; ++r) {
         write_line(at.item, at.first, row + r, a_.out.row, a_.base.row, results + r * results_row_,
@@ -180,6 +199,23 @@ class PointwiseProduct {
   }
 
   // ---- results ---------------------------------------------------------------------------------
+
+  // Results of so many positions of a block and so many channels, as tiles write them.
+  Written<T> written(const Block& at, std::int64_t first, std::int64_t count, std::int64_t channel,
+                     std::int64_t channels) const {
+    const auto of = [&](const Operand& all) {
+      return static_cast<T*>(all.data) + all.item * at.item + all.row * (at.first + first) +
+             all.channel * channel;
+    };
+    const T* base = a_.base.data ? of(a_.base) : nullptr;
+    const Number* shift = a_.shift ? static_cast<const Number*>(a_.shift) + channel : nullptr;
+    if (maps_) {
+      return {of(a_.out), base,  a_.out.channel, a_.base.channel, channels,
+              count,      shift, nullptr,        Number{1}};
+    }
+    return {of(a_.out), base,    a_.out.row, a_.base.row, count,
+            channels,   nullptr, shift,      Number{1}};
+  }
 
   // Results that follow each other by the strides of out and base, from a position and channel on.
   void write_line(std::int64_t item, std::int64_t position, std::int64_t channel,
@@ -210,6 +246,7 @@ class PointwiseProduct {
 
   PointwiseArguments a_;
   bool maps_;
+  bool is_direct_;  // tiles write their results, which lie side by side
   std::int64_t unit_, units_, blocks_, results_row_ = 0, thread_bytes_ = 0;
   E* weights_[3] = {};
   E* positions_[3] = {};  // from here on each thread's own

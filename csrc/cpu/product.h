@@ -10,6 +10,8 @@
 #ifndef NLK_CPU_PRODUCT_H_
 #define NLK_CPU_PRODUCT_H_
 
+#include <type_traits>
+
 #include "cpu/simd.h"
 
 namespace nlk {
@@ -99,16 +101,68 @@ struct Ahead {
   std::int64_t step;
 };
 
+// Where the sums of a product go at its end: they stay in C.
+struct Kept {
+  static constexpr bool kStays = true;
+  NLK_INLINE Kept from(std::int64_t, std::int64_t) const { return {}; }
+};
+
+// Or they are written to a result of type T whose columns are neighbours in memory:
+//   to = base + (factor sum + row_shift + column_shift)
+template <typename T>
+struct Written {
+  typedef Computed<T> Number;
+  static constexpr bool kStays = false;
+  T* to;
+  const T* base;  // this and the shifts may be null
+  std::int64_t to_row, base_row;  // strides
+  std::int64_t rows, columns;     // those that are no pads
+  const Number *row_shift, *column_shift;
+  Number factor;
+
+  // What lies behind so many rows and columns.
+  NLK_INLINE Written from(std::int64_t row, std::int64_t column) const {
+    return {to + row * to_row + column,
+            base ? base + row * base_row + column : nullptr,
+            to_row,
+            base_row,
+            rows - row,
+            columns - column,
+            row_shift ? row_shift + row : nullptr,
+            column_shift ? column_shift + column : nullptr,
+            factor};
+  }
+
+  // Into the second-level cache: the first holds what is multiplied, and no more.
+  NLK_INLINE void fetch(int row, int column) const {
+    __builtin_prefetch(to + row * to_row + column, 1, 2);
+    if (base) __builtin_prefetch(base + row * base_row + column, 0, 2);
+  }
+
+  NLK_INLINE void write(int row, int column, Vector<Number> sum) const {
+    const int count = static_cast<int>(columns) - column;
+    if (row >= rows || count <= 0) return;
+    sum = sum * splat<Number>(factor);
+    if (row_shift) sum = sum + splat<Number>(row_shift[row]);
+    if (column_shift) sum = sum + load_some(column_shift + column, count);
+    if (base) sum = sum + load_some(base + row * base_row + column, count);
+    store_some(to + row * to_row + column, sum, count);
+  }
+};
+
 // One tile of C: ROWS rows of VECTORS vectors.
-template <typename E, int ROWS, int VECTORS>
+template <typename E, int ROWS, int VECTORS, typename End>
 void multiply_tile(RowFactors a, const E* b, std::int64_t depth, Computed<E>* c,
-                   std::int64_t c_stride, bool add, Ahead ahead) {
+                   std::int64_t c_stride, bool add, Ahead ahead, const End& end) {
   typedef Computed<E> Number;
   constexpr int lanes = kLanes<Number>;
 #pragma GCC unroll 12
   for (int row = 0; row < ROWS; ++row) {
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(c + row * c_stride + v * lanes, 1);
+    for (int v = 0; v < VECTORS; ++v) {
+      if (End::kStays || add) __builtin_prefetch(c + row * c_stride + v * lanes, 1, 2);
+      if constexpr (!End::kStays) end.fetch(row, v * lanes);
+    }
   }
   const char* rows[ROWS / kRowStep];
 #pragma GCC unroll 4
@@ -144,46 +198,58 @@ void multiply_tile(RowFactors a, const E* b, std::int64_t depth, Computed<E>* c,
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) {
         Number* to = c + row * c_stride + v * lanes;
-        store(to, add ? sums[row][v] + load(to) : sums[row][v]);
+        const Vector<Number> sum = add ? sums[row][v] + load(to) : sums[row][v];
+        if constexpr (End::kStays) {
+          store(to, sum);
+        } else if (depth > kChain<E>) {
+          store(to, sum);
+        } else {
+          end.write(row, v * lanes, sum);
+        }
       }
     }
   }
 }
 
 // Tiles of all rows, which pass one part of a panel. `next` is the part that comes after it.
-template <typename E, int VECTORS>
+template <typename E, int VECTORS, typename End>
 NLK_INLINE void multiply_rows(RowFactors a, const E* b, std::int64_t rows, std::int64_t depth,
-                              Computed<E>* c, std::int64_t c_stride, bool add, const E* next) {
+                              Computed<E>* c, std::int64_t c_stride, bool add, const E* next,
+                              End end) {
   constexpr std::int64_t part = VECTORS * kLanes<Computed<E>> * kDepth<E> * std::int64_t{sizeof(E)};
   constexpr std::int64_t of_tile = kDepth<E> / kGroup<E> * kLineBytes;
   const Ahead nothing{reinterpret_cast<const char*>(b), 0};
   Ahead ahead = next ? Ahead{reinterpret_cast<const char*>(next), kLineBytes} : nothing;
-  const char* end = ahead.next + part;
+  const char* part_end = ahead.next + part;
   std::int64_t left = rows;
   for (; left >= kTileRows; left -= kTileRows) {
-    multiply_tile<E, kTileRows, VECTORS>(a, b, depth, c, c_stride, add, ahead);
+    multiply_tile<E, kTileRows, VECTORS>(a, b, depth, c, c_stride, add, ahead, end);
     a.data += kTileRows * a.row;
     c += kTileRows * c_stride;
+    end = end.from(kTileRows, 0);
     ahead.next += of_tile;
-    if (ahead.next >= end) ahead = nothing;
+    if (ahead.next >= part_end) ahead = nothing;
   }
   if constexpr (kTileRows > 2 * kRowStep) {
     if (left == 3 * kRowStep) {
-      multiply_tile<E, 3 * kRowStep, VECTORS>(a, b, depth, c, c_stride, add, ahead);
+      multiply_tile<E, 3 * kRowStep, VECTORS>(a, b, depth, c, c_stride, add, ahead, end);
     }
     if (left == 2 * kRowStep) {
-      multiply_tile<E, 2 * kRowStep, VECTORS>(a, b, depth, c, c_stride, add, ahead);
+      multiply_tile<E, 2 * kRowStep, VECTORS>(a, b, depth, c, c_stride, add, ahead, end);
     }
   }
-  if (left == kRowStep) multiply_tile<E, kRowStep, VECTORS>(a, b, depth, c, c_stride, add, ahead);
+  if (left == kRowStep) {
+    multiply_tile<E, kRowStep, VECTORS>(a, b, depth, c, c_stride, add, ahead, end);
+  }
 }
 
 // Columns [0, columns) of C. Rows are a multiple of kRowStep, the depth of kGroup. The panels of B
-// hold `panel_depth` of the depth, of which the first `depth` are multiplied.
-template <typename E>
+// hold `panel_depth` of the depth, of which the first `depth` are multiplied: some, where sums do
+// not stay in C.
+template <typename E, typename End = Kept>
 void multiply(RowFactors a, const E* b, std::int64_t panel_depth, std::int64_t rows,
               std::int64_t columns, std::int64_t depth, Computed<E>* c, std::int64_t c_stride,
-              bool add) {
+              bool add, const End& end = {}) {
   if (depth == 0 && !add) {
     const std::int64_t bytes = padded_columns<E>(columns) * std::int64_t{sizeof(Computed<E>)};
     for (std::int64_t row = 0; row < rows; ++row) std::memset(c + row * c_stride, 0, bytes);
@@ -191,16 +257,31 @@ void multiply(RowFactors a, const E* b, std::int64_t panel_depth, std::int64_t r
   for (std::int64_t from = 0; from < depth; from += kDepth<E>) {
     const std::int64_t part = smaller_of(kDepth<E>, depth - from);
     const RowFactors factors{a.data + from / kGroup<E> * a.step, a.row, a.step};
+    const bool ends = from + part == depth;
     for (std::int64_t column = 0; column < columns; column += kPanel<E>) {
       const E* panel = b + column * panel_depth;
       const bool wide = columns - column > kPanel<E> / 2;
       const bool last = columns - column <= kPanel<E>;
       const E* next = last ? b + (from + kDepth<E>) * kPanel<E>
                            : panel + (panel_depth + from) * kPanel<E>;
-      if (last && from + kDepth<E> >= depth) next = nullptr;
-      (wide ? multiply_rows<E, 2> : multiply_rows<E, 1>)(
-          factors, panel + from * (wide ? kPanel<E> : kPanel<E> / 2), rows, part, c + column,
-          c_stride, add || from > 0, next);
+      if (last && ends) next = nullptr;
+      auto pass = [&](auto vectors, const auto& to) {
+        constexpr int count = decltype(vectors)::value;
+        multiply_rows<E, count>(factors, panel + from * count * (kPanel<E> / 2), rows, part,
+                                c + column, c_stride, add || from > 0, next, to);
+      };
+      auto pass_to = [&](const auto& to) {
+        if (wide) {
+          pass(std::integral_constant<int, 2>{}, to);
+        } else {
+          pass(std::integral_constant<int, 1>{}, to);
+        }
+      };
+      if (ends) {
+        pass_to(end.from(0, column));
+      } else {
+        pass_to(Kept{});
+      }
     }
   }
 }
