@@ -19,6 +19,7 @@ import torch
 from benchmarks import block_measure, results
 from benchmarks.bench_ops import exit_code
 from benchmarks.model_cases import (
+    DEFAULT,
     DTYPES,
     MODELS,
     SETTINGS,
@@ -138,7 +139,7 @@ def checked(options: argparse.Namespace) -> tuple[list[Job], list[Plan]]:
 
 
 def _model_jobs(options: argparse.Namespace, cases: Sequence[ModelCase]) -> list[Job]:
-    variants = list(VARIANTS) if options.variants is None else options.variants
+    variants = list(DEFAULT) if options.variants is None else options.variants
     check_choice("variants", variants, tuple(VARIANTS))
     if len(set(variants)) != len(variants):
         raise ValueError(f"variants: expected each once, got {', '.join(variants)}; drop one")

@@ -27,6 +27,9 @@ THIRD_BATCH = 4
 COMPILED = {"compiled_naive": "naive"}
 """Compiled variant -> the one that is compiled."""
 
+OTHERS = ("none", "grouped_naive")
+"""What computes another function than the network that judges."""
+
 MARGIN = 1.1
 """What a step may need over its reckoned peak: scratch of convolutions is not in that."""
 
@@ -168,13 +171,13 @@ class _Run:
                 for name, network in self.networks.items()
                 if name not in COMPILED
             },
-            unjudged=("none",),
+            unjudged=OTHERS,
         )
         rows = compare(head, calls, judge, self.plan.device, rounds=self.plan.rounds)
         torch._dynamo.reset()
         for row in rows:
             if row["status"] == "ok":
-                row["judged_by"] = None if row["provider"] == "none" else judged_by
+                row["judged_by"] = None if row["provider"] in OTHERS else judged_by
                 if self.plan.fits_gib is not None and row["provider"] not in COMPILED:
                     row["fits"] = self._fits(row["provider"])
         return rows

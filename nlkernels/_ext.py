@@ -84,14 +84,26 @@ def prepare() -> str:
     return CPU.prepare()
 
 
-def isa() -> int:
-    """Level of the instruction set that kernels are to use (`nlk::Isa`); loads the module.
+def native() -> tuple[ModuleType, int]:
+    """The module, and the level of the instruction set that kernels are to use (`nlk::Isa`).
 
     Raises:
         ExtensionError: as `load`.
     """
-    module, asked = load(), _env.read("NLKERNELS_CPU_ISA")
-    return module.isas[asked] if asked else module.best_isa()
+    asked = _env.read("NLKERNELS_CPU_ISA")
+    module = CPU.load(asked)
+    return module, module.isas[asked] if asked else module.best_isa()
+
+
+def isa() -> int:
+    """The level alone."""
+    return native()[1]
+
+
+def loaded_for() -> str | None:
+    """What NLKERNELS_CPU_ISA says, where the module is loaded for that; else None."""
+    asked = _env.read("NLKERNELS_CPU_ISA")
+    return asked if CPU.is_loaded(asked) else None
 
 
 def isa_name() -> str:
@@ -128,9 +140,10 @@ class Extension:
         self._failures: dict[tuple, str] = {}
         self._obstacles: dict[tuple, str] = {}
 
-    def load(self) -> ModuleType:
-        """See `nlkernels._ext.load`."""
-        asked = _env.read("NLKERNELS_CPU_ISA")
+    def load(self, asked: str | None = None) -> ModuleType:
+        """See `nlkernels._ext.load`; `asked` is what NLKERNELS_CPU_ISA says, where that is known."""
+        if asked is None:
+            asked = _env.read("NLKERNELS_CPU_ISA")
         module = self._modules.get(asked)
         if module is not None:
             return module
@@ -162,6 +175,10 @@ class Extension:
             _warn(f"goes on without its C++ kernels: {error}")
             return str(error)
         return ""
+
+    def is_loaded(self, asked: str) -> bool:
+        """Whether the module is in this process, for what NLKERNELS_CPU_ISA says."""
+        return asked in self._modules
 
     def loaded(self) -> ModuleType | None:
         """The module, where it is in this process."""

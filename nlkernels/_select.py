@@ -14,6 +14,11 @@ from nlkernels._spec import Problem
 # Called as recorder(op, problem, operands) for every problem that reaches dispatch.
 recorder: Callable[[str, Any, tuple[torch.Tensor, ...]], None] | None = None
 
+# What runs on CPUs once the native module is loaded, by all that decides: a block asks sixteen
+# times a step. Each with the operation as it was, which tests and users may register again.
+_answers: dict[tuple, tuple[Any, Any]] = {}
+_MOST_ANSWERS = 2**12
+
 
 class Explanation(NamedTuple):
     """Backend that runs a problem, with the reason for it and against each other one.
@@ -61,6 +66,21 @@ def module(op: str, backend: str, direction: str, *operands: torch.Tensor) -> An
     operation = OPERATIONS[op]
     problem = operation.describe(*operands)
     _record(op, problem, operands)
+    asked = _ext.loaded_for() if problem.device == "cpu" else None
+    if asked is None:
+        return _module(op, backend, direction, problem)
+    repeatable = torch.are_deterministic_algorithms_enabled()
+    key = (op, backend, direction, problem, asked, repeatable)
+    known, found = _answers.get(key, (None, None))
+    if known is not operation:
+        found = _module(op, backend, direction, problem)
+        if len(_answers) >= _MOST_ANSWERS:
+            _answers.clear()
+        _answers[key] = operation, found
+    return found
+
+
+def _module(op: str, backend: str, direction: str, problem: Any) -> Any:
     if backend == "auto":
         backend = choose(op, problem, inside(op, problem.device), direction)
         if backend == "cpp" and _ext.prepare():

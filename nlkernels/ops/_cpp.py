@@ -59,7 +59,7 @@ def forward(
     stats = query.new_empty(2, batch, rows if affinity == SOFTMAX else 0, dtype=wide)
     if out.numel() == 0:
         return out, stats
-    native, isa = _ext.load(), _ext.isa()
+    native, isa = _ext.native()
     problem = _problem(native, affinity, query, key, value, scale, workspace_mib)
     workspace = _workspace(native.attention_forward_workspace(isa, problem))
     operands = (_operand(t) for t in (query, key, value, out))
@@ -80,7 +80,7 @@ def backward(
     grads = tuple(torch.empty_like(t) for t in (query, key, value))
     if 0 in (*query.shape[:2], *value.shape):
         return tuple(t.zero_() for t in grads)
-    native, isa = _ext.load(), _ext.isa()
+    native, isa = _ext.native()
     problem = _problem(native, affinity, query, key, value, scale, workspace_mib)
     workspace = _workspace(native.attention_backward_workspace(isa, problem))
     operands = (_operand(t) for t in (grad, query, key, value, *grads))

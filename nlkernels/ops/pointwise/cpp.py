@@ -41,7 +41,7 @@ def product(
         return out
     sizes = (*out.shape[:2], channels)
     depth = sum(weight.shape[1] for _, weight in sources)
-    native, isa = _ext.load(), _ext.isa()
+    native, isa = _ext.native()
     call = native.PointwiseArguments(
         dtype=_ext.DTYPES[out.dtype],
         threads=_threads(*sizes, depth),
@@ -65,7 +65,7 @@ def outer(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.
     if batch * positions == 0:
         return products.zero_(), sums.zero_()
     sizes = (batch, positions, rows, columns)
-    native, isa = _ext.load(), _ext.isa()
+    native, isa = _ext.native()
     call = native.OuterArguments(
         dtype=_ext.DTYPES[left.dtype],
         threads=_threads(*sizes),

@@ -45,7 +45,7 @@ def backward(
 
 
 def _run(entry: str, x, weight, grad, out, d_weight) -> None:
-    native, isa = _ext.load(), _ext.isa()
+    native, isa = _ext.native()
     call = native.RegionArguments(
         dtype=DTYPES[x.dtype],
         threads=torch.get_num_threads(),
