@@ -149,6 +149,8 @@ def _whole_passes(
 
     def prepared(result: Any) -> Callable[[], Any]:
         kept = result if isinstance(result, tuple) else ()
+        # The backward of a softmax wants the output, too.
+        kept = kept[1:] if case.kind == "dot_product" else kept
         return lambda: backend.backward(grad, *operands, *kept, *scale)
 
     return lambda: backend.forward(*operands, *scale), prepared

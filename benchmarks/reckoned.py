@@ -105,5 +105,4 @@ def _workspace(function: Any, args: tuple[Any, ...]) -> int:
         # Nothing is verified, as nothing may run.
         with _trust.held():
             backend = _select.choose(op, problem, _select.inside(op, problem.device), direction)
-    both = (backend,) * (1 + gradients)
-    return _footprint.bound(op, both, problem) or 0
+    return _footprint.workspace(op, backend, direction, problem) or 0

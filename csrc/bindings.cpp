@@ -86,7 +86,7 @@ void bind_attention(py::module_& module) {
   module.def("attention_forward",
              [](int isa, const AttentionProblem& problem, const PyOperand& query,
                 const PyOperand& key, const PyOperand& value, const PyOperand& out,
-                std::uintptr_t stats, std::uintptr_t workspace) {
+                std::uintptr_t stats, std::uintptr_t state, std::uintptr_t workspace) {
                const nlk::AttentionForward call{problem,
                                                 operand(query),
                                                 operand(key),
@@ -94,6 +94,7 @@ void bind_attention(py::module_& module) {
                                                 operand(out),
                                                 address<void>(stats),
                                                 problem.batch * problem.queries,
+                                                address<void>(state),
                                                 address<void>(workspace)};
                run([&] { return nlk::attention_forward(static_cast<Isa>(isa), call); });
              });
@@ -101,7 +102,7 @@ void bind_attention(py::module_& module) {
              [](int isa, const AttentionProblem& problem, const PyOperand& grad,
                 const PyOperand& query, const PyOperand& key, const PyOperand& value,
                 const PyOperand& d_query, const PyOperand& d_key, const PyOperand& d_value,
-                std::uintptr_t workspace) {
+                std::uintptr_t state, std::uintptr_t workspace) {
                const nlk::AttentionBackward call{problem,
                                                  operand(grad),
                                                  operand(query),
@@ -110,6 +111,7 @@ void bind_attention(py::module_& module) {
                                                  operand(d_query),
                                                  operand(d_key),
                                                  operand(d_value),
+                                                 address<const void>(state),
                                                  address<void>(workspace)};
                run([&] { return nlk::attention_backward(static_cast<Isa>(isa), call); });
              });

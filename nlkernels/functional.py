@@ -69,7 +69,9 @@ def nonlocal_attention(
         The backends chunked, cpp and triton: at most `workspace_mib`, and what the docstrings of
         nlkernels/ops/<op>/ add. Kept for the backward, by every backend but "reference" and, on
         GPUs, "sdpa": the operands; for softmax and gaussian also the output and 8 bytes a query
-        (16 in float64). A tensor that is several operands is kept, and cast, once.
+        (16 in float64); for dot_product, computed in the linear order, key^T value, 4 D V bytes for
+        an item (8 D V in float64), where that is at most a quarter of the operands. A tensor that
+        is several operands is kept, and cast, once.
 
     Determinism:
         Bitwise repeatable, forward and backward, for a device and thread count: no atomics. On GPUs

@@ -4,7 +4,8 @@
 //   dstate = Q^T dO;        dK = V dstate^T;  dV = K dstate        all times scale / M
 //
 // A state is summed over chunks of positions that are packed together. States are kept in the type
-// that sums have, and become factors of the second product, rounded as its other factor is.
+// that sums have, and become factors of the second product, rounded as its other factor is. The first
+// one is handed over to a backward that begins with it.
 #ifndef NLK_CPU_LINEAR_H_
 #define NLK_CPU_LINEAR_H_
 
@@ -58,7 +59,8 @@ class Linear {
     for (first_ = 0; first_ < p_.batch; first_ += items_) {
       count_ = smaller_of(items_, p_.batch - first_);
       const bool done = sum(call.key, p_.depth, call.value, p_.value_depth, p_.keys) &&
-                        pack_state(state_, p_.value_depth, p_.depth, false) &&
+                        hand_over(static_cast<Number*>(call.state)) &&
+                        pack_state(own_sums(), state_, p_.value_depth, p_.depth, false) &&
                         apply(call.query, p_.depth, state_, call.out, p_.value_depth, p_.queries);
       if (!done) return false;
     }
@@ -70,13 +72,14 @@ class Linear {
     const std::int64_t depth = p_.depth, value_depth = p_.value_depth;
     for (first_ = 0; first_ < p_.batch; first_ += items_) {
       count_ = smaller_of(items_, p_.batch - first_);
+      const auto* known = static_cast<const Number*>(call.state);
       const bool done =
-          sum(call.key, depth, call.value, value_depth, p_.keys) &&
-          pack_state(state_, depth, value_depth, true) &&
+          (known || sum(call.key, depth, call.value, value_depth, p_.keys)) &&
+          pack_state(known ? handed_over(known) : own_sums(), state_, depth, value_depth, true) &&
           apply(call.grad, value_depth, state_, call.d_query, depth, p_.queries) &&
           sum(call.query, depth, call.grad, value_depth, p_.queries) &&
-          pack_state(state_, depth, value_depth, true) &&
-          pack_state(other_state_, value_depth, depth, false) &&
+          pack_state(own_sums(), state_, depth, value_depth, true) &&
+          pack_state(own_sums(), other_state_, value_depth, depth, false) &&
           apply(call.value, value_depth, state_, call.d_key, depth, p_.keys) &&
           apply(call.key, depth, other_state_, call.d_value, value_depth, p_.keys);
       if (!done) return false;
@@ -124,14 +127,37 @@ class Linear {
     return true;
   }
 
-  // The sums, or their transposes, as factors B of so many columns.
-  bool pack_state(E* state, std::int64_t columns, std::int64_t depth, bool transpose) {
+  // Where the sums (D,V) of the items at hand lie, and their strides.
+  struct Sums {
+    const Number* data;
+    std::int64_t item, row;
+  };
+  Sums own_sums() const { return {sums_, area(), value_depth_}; }
+  Sums handed_over(const Number* state) const {
+    return {state + first_ * p_.depth * p_.value_depth, p_.depth * p_.value_depth, p_.value_depth};
+  }
+
+  // The sums to a dense (B,D,V), where there is one.
+  bool hand_over(Number* state) {
+    if (!state) return true;
+    const std::int64_t blocks = blocks_of(p_.depth, kTallPanel);
+    auto body = [&](std::int64_t task, int) {
+      const std::int64_t slot = task / blocks, row = task % blocks * kTallPanel;
+      write<Number>(sums_ + slot * area() + row * value_depth_, value_depth_, 1,
+                    state + ((first_ + slot) * p_.depth + row) * p_.value_depth, p_.value_depth, 1,
+                    smaller_of(kTallPanel, p_.depth - row), p_.value_depth, Number{1});
+    };
+    return parallel(p_.threads, count_ * blocks, body);
+  }
+
+  // Sums, or their transposes, as factors B of so many columns.
+  bool pack_state(Sums sums, E* state, std::int64_t columns, std::int64_t depth, bool transpose) {
     const std::int64_t panels = blocks_of(columns, kPanel<E>);
     auto body = [&](std::int64_t task, int) {
       const std::int64_t slot = task / panels, column = task % panels * kPanel<E>;
       const std::int64_t width = smaller_of(kPanel<E>, columns - column);
-      const std::int64_t row = transpose ? 1 : value_depth_, step = transpose ? value_depth_ : 1;
-      pack_panel<E, Number>({sums_ + slot * area() + column * step, row, step}, depth, width,
+      const std::int64_t row = transpose ? 1 : sums.row, step = transpose ? sums.row : 1;
+      pack_panel<E, Number>({sums.data + slot * sums.item + column * step, row, step}, depth, width,
                             panel_width<E>(width),
                             state + slot * area() + column * factor_depth(depth));
     };

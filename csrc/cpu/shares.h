@@ -19,12 +19,22 @@ inline std::array<Operand*, 7> operands_of(AttentionBackward& call) {
           &call.d_query, &call.d_key, &call.d_value};
 }
 
+// To what belongs to a batch item and those behind it.
 template <typename T>
-void move_statistics(AttentionForward& call, std::int64_t rows) {
-  call.stats = static_cast<Computed<T>*>(call.stats) + rows;
+void move_sums(AttentionForward& call, std::int64_t item) {
+  const AttentionProblem& p = call.problem;
+  call.stats = static_cast<Computed<T>*>(call.stats) + item * p.queries;
+  if (call.state) {
+    call.state = static_cast<Computed<T>*>(call.state) + item * p.depth * p.value_depth;
+  }
 }
 template <typename T>
-void move_statistics(AttentionBackward&, std::int64_t) {}
+void move_sums(AttentionBackward& call, std::int64_t item) {
+  const AttentionProblem& p = call.problem;
+  if (call.state) {
+    call.state = static_cast<const Computed<T>*>(call.state) + item * p.depth * p.value_depth;
+  }
+}
 
 // The problem that each thread has for itself; the whole one where the batch does not come out even,
 // or the workspace is too small for that. `make` makes a kernel of a problem.
@@ -58,7 +68,7 @@ bool run_shares(const Call& call, Make make) {
     for (Operand* operand : operands_of(part)) {
       operand->data = static_cast<T*>(operand->data) + first * operand->item;
     }
-    move_statistics<T>(part, first * share.queries);
+    move_sums<T>(part, first);
     make(share).run(part);
   };
   return parallel(static_cast<int>(shares), shares, body);

@@ -96,16 +96,23 @@ int check(nlk::Isa isa, unsigned seed) {
   Tensor d_value(p.dtype, p.batch, p.keys, p.value_depth, layout);
   const std::size_t wide = p.dtype == Dtype::kFloat64 ? 8 : 4;
   std::unique_ptr<char[]> stats(new char[2 * p.batch * p.queries * wide]);
+  std::unique_ptr<char[]> state;
+  if (p.affinity == Affinity::kLinear && seed % 4) {
+    state.reset(new char[p.batch * p.depth * p.value_depth * wide]);
+  }
   {
     const auto memory = nlk::workspace(nlk::attention_forward_workspace(isa, p));
     nlk::attention_forward(isa, {p, query.operand, key.operand, value.operand, out.operand,
-                                 stats.get(), p.batch * p.queries, memory.get()});
+                                 stats.get(), p.batch * p.queries, state.get(), memory.get()});
   }
-  {
+  const auto differentiate = [&](Tensor& d_query, Tensor& d_key, Tensor& d_value,
+                                 const void* state) {
     const auto memory = nlk::workspace(nlk::attention_backward_workspace(isa, p));
     nlk::attention_backward(isa, {p, grad.operand, query.operand, key.operand, value.operand,
-                                  d_query.operand, d_key.operand, d_value.operand, memory.get()});
-  }
+                                  d_query.operand, d_key.operand, d_value.operand, state,
+                                  memory.get()});
+  };
+  differentiate(d_query, d_key, d_value, nullptr);
   const Expected e = define(p, query, key, value, grad);
   const double limit = p.dtype == Dtype::kFloat64   ? 1e-11
                        : p.dtype == Dtype::kFloat32 ? 1e-4
@@ -118,6 +125,16 @@ int check(nlk::Isa isa, unsigned seed) {
   compare("d_query", d_query, e.d_query);
   compare("d_key", d_key, e.d_key);
   compare("d_value", d_value, e.d_value);
+  if (state) {
+    Tensor d_query_again(p.dtype, p.batch, p.queries, p.depth, layout);
+    Tensor d_key_again(p.dtype, p.batch, p.keys, p.depth, layout);
+    Tensor d_value_again(p.dtype, p.batch, p.keys, p.value_depth, layout);
+    differentiate(d_query_again, d_key_again, d_value_again, state.get());
+    const bool same = d_query_again.is_bitwise(d_query) && d_key_again.is_bitwise(d_key) &&
+                      d_value_again.is_bitwise(d_value);
+    if (!same) std::printf("  other gradients with the state of the forward\n");
+    wrong += !same;
+  }
   if (wrong > 0) {
     std::printf("  seed %u: affinity %d, dtype %d, B=%d N=%d M=%d D=%d V=%d, %d threads\n", seed,
                 static_cast<int>(p.affinity), static_cast<int>(p.dtype), int(p.batch),

@@ -5,7 +5,8 @@ computed in one, what is kept for the backward, and what is computed again there
 
 Kept for the backward beyond x and parameters, E bytes an element, A bytes a sum, N query and M key
 positions of an item: E B (N (D + V) + M (D + V)) for query, key, value and what the attention
-returned, 2 A B N for softmax; pooled "after", 2 bits a number of key and value (see
+returned, 2 A B N for softmax, A B D V at most for dot_product (a quarter of query, key and value at
+most); pooled "after", 2 bits a number of key and value (see
 `nlkernels/ops/pool`); with a batch norm that trains E B C N more for its input where M < 5 C, which
 is computed again otherwise. With `recompute` only E B N V, and the batch norm's.
 """

@@ -90,7 +90,7 @@ def footprint(
         >>> import nlkernels
         >>> block = nlkernels.NonLocalBlock3d(512, kind="dot_product", backend="chunked")
         >>> print(block.footprint((8, 512, 4, 28, 28)))
-        N x M = 3136 x 784: naive 119.4 MiB, chunked 4.0 MiB (B=8, float32, forward and backward)
+        N x M = 3136 x 784: naive 119.4 MiB, chunked 6.0 MiB (B=8, float32, forward and backward)
     """
     batch, *positions = _checked(block, input_size)
     weight = block.out.weight

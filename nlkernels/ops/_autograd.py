@@ -16,6 +16,16 @@ def differentiates_again() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def differentiates(*operands: torch.Tensor) -> bool:
+    """Whether a backward may follow, so that a forward keeps what spares it work.
+
+    An exported program differentiates nothing: what it computes must not depend on who exported it.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return False
+    return any(t.requires_grad for t in operands)
+
+
 def signed(function: type) -> type:
     """Decorator of an autograd.Function: its forward's signature is found once.
 

@@ -8,7 +8,8 @@ backward  superblocks of rows: P, dS and dQ by blocks of rows; then dV^T += dO^T
           computed again, so that their rounding cancels; nothing of the forward is needed.
 
 linear    state = K^T V, over chunks of positions; out = Q state; in the backward also Q^T dO, and
-          three products with the two states, which are rounded as the other factor is
+          three products with the two states, which are rounded as the other factor is. The backward
+          starts from the sums of the forward where it is given them: the same bits
 
 Products of bfloat16 operands are summed in float32 by AVX512_BF16 where the CPU has it (subnormal
 operands count as zero there); other 16-bit operands are converted to float32, and all is computed
@@ -51,8 +52,12 @@ def forward(
     value: torch.Tensor,
     scale: float,
     workspace_mib: float | None,
+    state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return out (B,N,V) and, of a softmax, stats (2,B,N): extremes of the products, and sums."""
+    """Return out (B,N,V) and, of a softmax, stats (2,B,N): extremes of the products, and sums.
+
+    The linear order fills a `state` (B,D,V), dense and of the type of sums, but not an empty one.
+    """
     batch, rows, _ = query.shape
     out = value.new_empty(batch, rows, value.shape[2])
     wide = accumulator_dtype(query.dtype)
@@ -63,7 +68,9 @@ def forward(
     problem = _problem(native, affinity, query, key, value, scale, workspace_mib)
     workspace = _workspace(native.attention_forward_workspace(isa, problem))
     operands = (_operand(t) for t in (query, key, value, out))
-    native.attention_forward(isa, problem, *operands, stats.data_ptr(), workspace.data_ptr())
+    native.attention_forward(
+        isa, problem, *operands, stats.data_ptr(), _address(state), workspace.data_ptr()
+    )
     return out, stats
 
 
@@ -75,8 +82,12 @@ def backward(
     value: torch.Tensor,
     scale: float,
     workspace_mib: float | None,
+    state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of query, key and value, in their dtypes."""
+    """Return the gradients of query, key and value, in their dtypes.
+
+    The linear order takes a `state` that is not empty from its forward, and sums another itself.
+    """
     grads = tuple(torch.empty_like(t) for t in (query, key, value))
     if 0 in (*query.shape[:2], *value.shape):
         return tuple(t.zero_() for t in grads)
@@ -84,7 +95,8 @@ def backward(
     problem = _problem(native, affinity, query, key, value, scale, workspace_mib)
     workspace = _workspace(native.attention_backward_workspace(isa, problem))
     operands = (_operand(t) for t in (grad, query, key, value, *grads))
-    native.attention_backward(isa, problem, *operands, workspace.data_ptr())
+    state = None if state is None else state.contiguous()
+    native.attention_backward(isa, problem, *operands, _address(state), workspace.data_ptr())
     return grads
 
 
@@ -108,6 +120,11 @@ def threads(batch: int, queries: int, keys: int, depth: int, value_depth: int) -
 
 def _workspace(nbytes: int) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    """0 for none, and for one without elements."""
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
 def _operand(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from nlkernels.ops._tiles import (
     tiles,
 )
 from nlkernels.ops.concat import chunked as concat
-from nlkernels.ops.dot_product import chunked as dot_product
+from nlkernels.ops.dot_product import order
 
 # Of the Triton kernels: the widest channels of the fused forwards, the fewest keys of a key tile,
 # the multiprocessors that split keys are meant to fill (an H200's), the rows of a scan's chunk, and
@@ -64,12 +64,27 @@ def bound(op: str, backends: tuple[str, ...], problem: Problem) -> int | None:
 
     None where the operation has no such backend.
     """
-    needs = []
-    for backend, direction in zip(backends, (0, 1), strict=False):
-        if (op, backend) not in _FORMULAS:
-            return None
-        needs.append(_FORMULAS[op, backend][direction](problem))
-    return max(needs) + _SCALARS
+    passes = zip(backends, ("forward", "backward"), strict=False)
+    needs = [workspace(op, backend, direction, problem) for backend, direction in passes]
+    if None in needs:
+        return None
+    return max(needs) + (_state(op, problem) if len(needs) > 1 else 0)
+
+
+def workspace(op: str, backend: str, direction: str, problem: Problem) -> int | None:
+    """Bytes that one pass takes beyond what it is given and returns; None as for `bound`."""
+    if (op, backend) not in _FORMULAS:
+        return None
+    formula = _FORMULAS[op, backend][("forward", "backward").index(direction)]
+    return formula(problem) + _SCALARS
+
+
+def _state(op: str, problem: Problem) -> int:
+    """What a forward of dot_product in the linear order keeps for the backward."""
+    if op != "dot_product" or not order.keeps_state(*problem[:6]):
+        return 0
+    elements = problem.batch * problem.depth * problem.value_depth
+    return elements * accumulator_dtype(problem.dtype).itemsize
 
 
 def _scores(problem: Problem) -> int:
@@ -149,24 +164,32 @@ def _statistics(problem: Problem) -> int:
     return 2 * problem.batch * problem.queries * wide
 
 
+def _is_linear(problem: Problem) -> tuple[bool, bool]:
+    """Whether forward and backward of dot_product take the linear order, when training."""
+    sizes, kept = problem[:5], order.keeps_state(*problem[:6])
+    passes = order.flops(*sizes), order.backward_flops(*sizes, kept=kept)
+    forward, backward = (linear <= quadratic for linear, quadratic in passes)
+    return forward, backward
+
+
 def _dot_product_chunked_forward(problem: Problem) -> int:
-    linear, quadratic = dot_product.flops(*problem[:5])
-    return _states(problem, 1) if linear <= quadratic else _relu_chunked_forward(problem)
+    linear, _ = _is_linear(problem)
+    return _states(problem, 1) if linear else _relu_chunked_forward(problem)
 
 
 def _dot_product_chunked_backward(problem: Problem) -> int:
-    linear, quadratic = dot_product.backward_flops(*problem[:5])
-    return _states(problem, 2) if linear <= quadratic else _relu_chunked_backward(problem)
+    _, linear = _is_linear(problem)
+    return _states(problem, 2) if linear else _relu_chunked_backward(problem)
 
 
 def _dot_product_cpp_forward(problem: Problem) -> int:
-    linear, quadratic = dot_product.flops(*problem[:5])
-    return (cpp.linear_forward if linear <= quadratic else cpp.forward)(problem)
+    linear, _ = _is_linear(problem)
+    return (cpp.linear_forward if linear else cpp.forward)(problem)
 
 
 def _dot_product_cpp_backward(problem: Problem) -> int:
-    linear, quadratic = dot_product.backward_flops(*problem[:5])
-    return (cpp.linear_backward if linear <= quadratic else cpp.backward)(problem)
+    _, linear = _is_linear(problem)
+    return (cpp.linear_backward if linear else cpp.backward)(problem)
 
 
 def _states(problem: Problem, matrices: int) -> int:

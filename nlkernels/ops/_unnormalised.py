@@ -1,7 +1,8 @@
 """Attention without a softmax as an operation: schema, fakes, FLOPs, autograd and backend choice.
 
-`define` makes the operators of one kind. Saved for backward: query, key and value. The backend
-"reference" (plain autograd) is a composite outside the operator.
+`define` makes the operators of one kind. Saved for backward: query, key, value and, of a kind that
+has one, the state that its forward returned. The backend "reference" (plain autograd) is a
+composite outside the operator.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from nlkernels.ops import _autograd, _library
 BACKENDS = ("reference", "chunked", "cpp", "triton")
 # Kind -> its definition: (query, key, value, scale) -> out.
 _DEFINITIONS: dict[str, Callable[..., torch.Tensor]] = {}
+# Kinds whose forward returns a state.
+_WITH_STATE: set[str] = set()
 
 
 def attention(
@@ -32,7 +35,8 @@ def attention(
     if backend == "reference":
         return _DEFINITIONS[name](query, key, value, scale)
     operands = _autograd.distinct(query, key, value)
-    return _Attention.apply(*operands, name, scale, backend, workspace_mib)
+    keep = (_autograd.differentiates(*operands),) if name in _WITH_STATE else ()
+    return _Attention.apply(*operands, name, keep, scale, backend, workspace_mib)[0]
 
 
 def supports(name: str, backend: str, problem: Problem) -> list[str]:
@@ -56,41 +60,53 @@ def define(
     operation: _operations.Operation,
     flops: Callable[..., int],
     backward_flops: Callable[..., int],
+    new_state: Callable[..., torch.Tensor] | None = None,
 ) -> None:
     """Register the operators `nlkernels::{name}_forward` and `nlkernels::{name}_backward`.
+
+    Where there is a `new_state`, the forward also takes `keep`, whether a gradient will be asked
+    for, and also returns a state, which the backward takes after the value.
 
     Args:
         name: of the kind.
         definition: (query, key, value, scale) -> out, differentiable by autograd.
         operation: what dispatch knows of it.
         flops: (batch, queries, keys, depth, value_depth) -> FLOPs of the forward pass.
-        backward_flops: the same of the backward pass.
+        backward_flops: the same of the backward pass; with `state`, the shape of one.
+        new_state: (query, key, value, keep) -> a tensor of the state's shape and dtype, whichever
+            backend runs.
     """
     _DEFINITIONS[name] = definition
     _operations.OPERATIONS[name] = operation
+    returned, taken, option = "Tensor", "", ""
+    if new_state is not None:
+        _WITH_STATE.add(name)
+        returned, taken, option = "(Tensor, Tensor)", "Tensor state, ", ", bool keep"
 
     @_library.define(
         f"{name}_forward(Tensor query, Tensor key, Tensor value, float scale, str backend, "
-        "float? workspace_mib) -> Tensor"
+        f"float? workspace_mib{option}) -> {returned}"
     )
-    def forward(query, key, value, scale, backend, workspace_mib):
+    def forward(query, key, value, scale, backend, workspace_mib, *keep):
         module = _select.module(name, backend, "forward", query, key, value)
-        return module.forward(query, key, value, scale, workspace_mib)
+        return module.forward(query, key, value, scale, workspace_mib, *keep)
 
     @_library.define(
-        f"{name}_backward(Tensor grad, Tensor query, Tensor key, Tensor value, float scale, "
+        f"{name}_backward(Tensor grad, Tensor query, Tensor key, Tensor value, {taken}float scale, "
         "str backend, float? workspace_mib) -> (Tensor, Tensor, Tensor)"
     )
-    def backward(grad, query, key, value, scale, backend, workspace_mib):
+    def backward(grad, query, key, value, *arguments):
+        *state, scale, backend, workspace_mib = arguments
         module = _select.module(name, backend, "backward", query, key, value)
-        return module.backward(grad, query, key, value, scale, workspace_mib)
+        return module.backward(grad, query, key, value, *state, scale, workspace_mib)
 
     @torch.library.register_fake(f"nlkernels::{name}_forward")
-    def _(query, key, value, scale, backend, workspace_mib):
-        return value.new_empty(query.shape[0], query.shape[1], value.shape[2])
+    def _(query, key, value, scale, backend, workspace_mib, *keep):
+        out = value.new_empty(query.shape[0], query.shape[1], value.shape[2])
+        return out if new_state is None else (out, new_state(query, key, value, *keep))
 
     @torch.library.register_fake(f"nlkernels::{name}_backward")
-    def _(grad, query, key, value, scale, backend, workspace_mib):
+    def _(grad, query, key, value, *arguments):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
     @register_flop_formula(_operator(name, "forward"))
@@ -99,7 +115,8 @@ def define(
 
     @register_flop_formula(_operator(name, "backward"))
     def _(grad, query, key, value, *args, out_shape=None, **kwargs) -> int:
-        return backward_flops(query[0], query[1], key[1], query[2], value[2])
+        state = {} if new_state is None else {"state": args[0]}
+        return backward_flops(query[0], query[1], key[1], query[2], value[2], **state)
 
 
 def _operator(name: str, direction: str) -> Any:
@@ -108,33 +125,44 @@ def _operator(name: str, direction: str) -> Any:
 
 @_autograd.signed
 class _Attention(torch.autograd.Function):
+    """Returns out and, of a kind that has one, the state; `keep` is empty for the others."""
+
     @staticmethod
-    def forward(query, key, value, name, scale, backend, workspace_mib):
-        return _operator(name, "forward")(query, key, value, scale, backend, workspace_mib)
+    def forward(query, key, value, name, keep, scale, backend, workspace_mib):
+        arguments = (query, key, value, scale, backend, workspace_mib, *keep)
+        found = _operator(name, "forward")(*arguments)
+        return found if keep else (found,)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        query, key, value, ctx.name, *ctx.options = inputs
-        ctx.save_for_backward(query, key, value)
+        query, key, value, ctx.name, _, *ctx.options = inputs
+        ctx.save_for_backward(query, key, value, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        # Zeros for the state are as large as it is.
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad):
-        operands = (grad, *ctx.saved_tensors)
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 8
+        query, key, value, *state = ctx.saved_tensors
+        operands = (grad, query, key, value)
         if _autograd.differentiates_again():
-            grads = _AttentionBackward.apply(*operands, ctx.name, *ctx.options)
+            grads = _AttentionBackward.apply(*operands, ctx.name, tuple(state), *ctx.options)
         else:
-            grads = _operator(ctx.name, "backward")(*operands, *ctx.options)
-        return *grads, None, None, None, None
+            grads = _operator(ctx.name, "backward")(*operands, *state, *ctx.options)
+        return *grads, None, None, None, None, None
 
 
 class _AttentionBackward(torch.autograd.Function):
     @staticmethod
-    def forward(grad, query, key, value, name, scale, backend, workspace_mib):
-        return _operator(name, "backward")(grad, query, key, value, scale, backend, workspace_mib)
+    def forward(grad, query, key, value, name, state, scale, backend, workspace_mib):
+        arguments = (grad, query, key, value, *state, scale, backend, workspace_mib)
+        return _operator(name, "backward")(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad, query, key, value, ctx.name, ctx.scale, _, _ = inputs
+        grad, query, key, value, ctx.name, _, ctx.scale, _, _ = inputs
         ctx.save_for_backward(grad, query, key, value)
 
     @staticmethod
@@ -142,4 +170,4 @@ class _AttentionBackward(torch.autograd.Function):
         grads = _autograd.double_backward(
             _DEFINITIONS[ctx.name], ctx.saved_tensors, ctx.scale, cotangents
         )
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None

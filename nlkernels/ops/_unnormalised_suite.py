@@ -34,7 +34,7 @@ __all__ = [
 
 
 def forward(module: Any, trial: Trial, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Output of a backend; its backward wants nothing back."""
+    """Output of a backend, of a kind whose backward wants nothing back."""
     return (module.forward(*tensors, trial.scale, trial.workspace_mib),)
 
 
@@ -45,5 +45,6 @@ def backward(
     tensors: tuple[torch.Tensor, ...],
     kept: tuple[torch.Tensor, ...],
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of a backend."""
-    return module.backward(grad, *tensors, trial.scale, trial.workspace_mib)
+    """Gradients of a backend; `kept` is what its forward returned."""
+    _, *state = kept
+    return module.backward(grad, *tensors, *state, trial.scale, trial.workspace_mib)

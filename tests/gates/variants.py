@@ -184,8 +184,9 @@ _REGIONS = [
 def _both_passes(module: ModuleType, case: Attention) -> object:
     tensors = case.operands()
     query, key, value, grad = (tensors[name] for name in ("query", "key", "value", "grad"))
-    module.forward(query, key, value, case.scale)
-    return module.backward(grad, query, key, value, case.scale)
+    found = module.forward(query, key, value, case.scale)
+    state = found[1:] if isinstance(found, tuple) else ()
+    return module.backward(grad, query, key, value, *state, case.scale)
 
 
 # Both kinds share their kernels, of which one leaves out a step.

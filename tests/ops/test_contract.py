@@ -14,7 +14,7 @@ pairs = pytest.mark.parametrize(
     [(k, b) for k, b in SERVED if b == "chunked"] + [("softmax", "sdpa"), ("gaussian", "sdpa")],
 )
 SMALL = Case(2, 9, 7, 4, 4)
-# Kinds whose operators return no statistics.
+# Kinds that keep no output and no statistics.
 UNNORMALISED = ("dot_product", "relu")
 
 
@@ -26,23 +26,14 @@ def low_level(kind, backend, tensors):
     """Arguments of the two low-level operators of a kind."""
     query, key, value, grad = tensors
     options = (0.5, backend, None)
-    if kind in UNNORMALISED:
-        ops = [getattr(torch.ops.nlkernels, f"{kind}_{d}") for d in ("forward", "backward")]
-        return [
-            (ops[0], (query, key, value, *options)),
-            (ops[1], (*tensors_first(tensors), *options)),
-        ]
-    ops = torch.ops.nlkernels.softmax_forward, torch.ops.nlkernels.softmax_backward
-    out, stats = ops[0](query, key, value, *options)
-    return [
-        (ops[0], (query, key, value, *options)),
-        (ops[1], (grad, query, key, value, out, stats, *options)),
-    ]
-
-
-def tensors_first(tensors):
-    query, key, value, grad = tensors
-    return grad, query, key, value
+    name = kind if kind in UNNORMALISED else "softmax"
+    forward, backward = (
+        getattr(torch.ops.nlkernels, f"{name}_{d}") for d in ("forward", "backward")
+    )
+    arguments = (query, key, value, *options, *([True] if kind == "dot_product" else []))
+    found = forward(*arguments)
+    kept = {"dot_product": found[1:], "relu": ()}.get(kind, found)
+    return [(forward, arguments), (backward, (grad, query, key, value, *kept, *options))]
 
 
 @pytest.mark.usefixtures("poison")
@@ -295,6 +286,8 @@ def test_only_operands_output_and_statistics_are_saved(kind, backend, dtype, dev
     expected = 2 * (50 + 30 + 30) * 16 * size
     if kind not in UNNORMALISED:
         expected += 2 * 50 * 16 * size + 2 * 2 * 50 * 4
+    if kind == "dot_product" and dtype == torch.float32:  # in bfloat16 more than a quarter
+        expected += 2 * 16 * 16 * 4
     assert sum(saved.values()) == expected
 
 
@@ -389,7 +382,5 @@ def test_flops_are_counted(kind, expected):
         out.sum().backward()
     assert forward.get_total_flops() == expected
     quadratic = 2 * 2 * 9 * 7 * (3 * 5 + 2 * 3)
-    linear = 2 * 2 * (2 * 9 + 3 * 7) * 5 * 3
-    assert backward.get_total_flops() == (
-        min(linear, quadratic) if kind == "dot_product" else quadratic
-    )
+    linear = 2 * 2 * (2 * 9 + 2 * 7) * 5 * 3  # with the state that was kept
+    assert backward.get_total_flops() == (linear if kind == "dot_product" else quadratic)

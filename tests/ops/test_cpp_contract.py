@@ -40,8 +40,10 @@ def test_opcheck(kind):
     )
     for query, key, value, grad in (tensors, [t.mT.contiguous().mT for t in tensors]):
         arguments = (query, key, value, 0.5, "cpp", None)
+        arguments += (True,) if name == "dot_product" else ()
         torch.library.opcheck(forward.default, arguments)
-        kept = forward(*arguments) if name == "softmax" else ()
+        found = forward(*arguments)
+        kept = {"softmax": found, "dot_product": found[1:], "relu": ()}[name]
         arguments = (grad, query, key, value, *kept, 0.5, "cpp", None)
         torch.library.opcheck(backward.default, arguments)
 

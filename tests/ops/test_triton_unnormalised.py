@@ -31,8 +31,11 @@ def test_opcheck(kind, device):
         arguments = (*moved, 0.5, "triton", None)
         operators = (getattr(torch.ops.nlkernels, f"{kind}_{d}") for d in ("forward", "backward"))
         forward, backward = operators
-        torch.library.opcheck(forward.default, arguments)
-        torch.library.opcheck(backward.default, (grad, *arguments))
+        has_state = kind == "dot_product"
+        keep = (True,) if has_state else ()
+        torch.library.opcheck(forward.default, (*arguments, *keep))
+        state = forward(*arguments, *keep)[1:] if has_state else ()
+        torch.library.opcheck(backward.default, (grad, *moved, *state, 0.5, "triton", None))
 
 
 @kinds

@@ -34,18 +34,22 @@ struct AttentionProblem {
 // out (B,N,V) = P value. For kSoftmax, stats (2,B,N), dense, in the type that sums have: of each row
 // the extreme product (the largest S, the smallest where scale < 0) and the sum of
 // exp(scale (S - extreme)). These lie `stats_plane` numbers behind those: B N in the whole.
+// For kLinear, state (B,D,V), dense, in the same type: key^T value. Null where it is not wanted.
 struct AttentionForward {
   AttentionProblem problem;
   Operand query, key, value, out;
   void* stats;
   std::int64_t stats_plane;
+  void* state;
   void* workspace;
 };
 
-// Gradients of query, key and value for the gradient of out. Nothing of the forward is needed.
+// Gradients of query, key and value for the gradient of out. Nothing of the forward is needed; for
+// kLinear the state of a forward spares summing it again, to the same bits. Else it is null.
 struct AttentionBackward {
   AttentionProblem problem;
   Operand grad, query, key, value, d_query, d_key, d_value;
+  const void* state;
   void* workspace;
 };
 

@@ -1,15 +1,18 @@
 """Dot-product attention in plain PyTorch, in whichever order of products costs fewer FLOPs.
 
-linear     state = (scale / M) K^T V (D x V);  out = Q state;  dQ = dO state^T;
-           dstate = (scale / M) Q^T dO;  dK = V dstate^T;  dV = K dstate
+linear     state = K^T V (D x V);  out = Q factor state;  dQ = dO (factor state)^T;
+           dstate = factor Q^T dO;  dK = V dstate^T;  dV = K dstate
 quadratic  tiles of the score matrix, as in nlkernels/ops/_quadratic.py
 
-Only query, key and value are kept for the backward. The state is stored in the operands' dtype: its
-products are summed in float32 and rounded, as those of every other matrix product are.
+The factor is scale / M. Kept for the backward are query, key, value and, where
+nlkernels/ops/dot_product/order.py says so, the state. The products' factors are in the operands'
+dtype: sums are made in float32 and rounded, as those of every other matrix product are, and a state
+that is kept holds the rounded ones.
 
 Memory beyond inputs and outputs, E bytes an element:
-  linear    : D V E (forward), 2 D V E (backward) for each batch item; in float16, computed in
-              float32, + 4 bytes for each element of the distinct operands and results;
+  linear    : D V E (forward), 2 D V E (backward) for each batch item, beside a state that is kept
+              (4 D V, in float64 8 D V, an output of the forward); in float16, computed in float32,
+              + 4 bytes for each element of the distinct operands and results;
   quadratic : what nlkernels/ops/_quadratic.py says.
 """
 
@@ -17,20 +20,7 @@ import torch
 
 from nlkernels.ops import _quadratic
 from nlkernels.ops._tiles import cast, compute_dtype
-
-
-def flops(batch: int, queries: int, keys: int, depth: int, value_depth: int) -> tuple[int, int]:
-    """FLOPs of the forward pass: (linear, quadratic)."""
-    linear = 2 * batch * (queries + keys) * depth * value_depth
-    return linear, _quadratic.flops(batch, queries, keys, depth, value_depth)
-
-
-def backward_flops(
-    batch: int, queries: int, keys: int, depth: int, value_depth: int
-) -> tuple[int, int]:
-    """FLOPs of the backward pass, the recomputed state or scores included: (linear, quadratic)."""
-    linear = 2 * batch * (2 * queries + 3 * keys) * depth * value_depth
-    return linear, _quadratic.backward_flops(batch, queries, keys, depth, value_depth)
+from nlkernels.ops.dot_product import order
 
 
 def forward(
@@ -39,16 +29,22 @@ def forward(
     value: torch.Tensor,
     scale: float,
     workspace_mib: float | None = None,
-) -> torch.Tensor:
-    """Return out (B,N,V)."""
+    keep: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out (B,N,V) and the state that a backward is given, `order.new_state`."""
     batch, rows, depth = query.shape
     keys, value_depth = value.shape[1:]
-    linear, quadratic = flops(batch, rows, keys, depth, value_depth)
+    state = order.new_state(query, key, value, keep)
+    linear, quadratic = order.flops(batch, rows, keys, depth, value_depth)
     if linear > quadratic or keys == 0:
-        return _quadratic.forward(query, key, value, scale, workspace_mib, rectify=False)
+        out = _quadratic.forward(query, key, value, scale, workspace_mib, rectify=False)
+        return out, state
     q, k, v = cast(compute_dtype(query.dtype), query, key, value)
     out = v.new_empty(batch, rows, value_depth)
-    return torch.bmm(q, _state(k, v, scale / keys), out=out).to(query.dtype)
+    sums = torch.bmm(k.mT, v)
+    if state.numel() > 0:
+        state.copy_(sums)
+    return torch.bmm(q, sums.mul_(scale / keys), out=out).to(query.dtype), state
 
 
 def backward(
@@ -56,25 +52,23 @@ def backward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    state: torch.Tensor,
     scale: float,
     workspace_mib: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of query, key and value, in their dtypes."""
+    """Return the gradients of query, key and value, in their dtypes; an empty state is summed."""
     batch, rows, depth = query.shape
     keys, value_depth = value.shape[1:]
-    linear, quadratic = backward_flops(batch, rows, keys, depth, value_depth)
+    kept = state.numel() > 0
+    linear, quadratic = order.backward_flops(batch, rows, keys, depth, value_depth, kept=kept)
     if linear > quadratic or rows == 0 or keys == 0:
         return _quadratic.backward(grad, query, key, value, scale, workspace_mib, rectify=False)
     factor = scale / keys
     g, q, k, v = cast(compute_dtype(query.dtype), grad, query, key, value)
     d_query, d_key, d_value = (torch.empty_like(t) for t in (q, k, v))
-    d_state = _state(q, g, factor)
-    torch.bmm(g, _state(k, v, factor).mT, out=d_query)
+    d_state = torch.bmm(q.mT, g).mul_(factor)
+    sums = state.to(k.dtype, copy=True) if kept else torch.bmm(k.mT, v)
+    torch.bmm(g, sums.mul_(factor).mT, out=d_query)
     torch.bmm(v, d_state.mT, out=d_key)
     torch.bmm(k, d_state, out=d_value)
     return tuple(t.to(query.dtype) for t in (d_query, d_key, d_value))
-
-
-def _state(rows: torch.Tensor, columns: torch.Tensor, factor: float) -> torch.Tensor:
-    """factor rows^T columns, one matrix per batch item."""
-    return torch.bmm(rows.mT, columns).mul_(factor)

@@ -1,11 +1,14 @@
 """The dot-product operation: the backends of kind "dot_product", and what each of them serves."""
 
+import math
 from functools import partial
+
+import torch
 
 from nlkernels._operations import Operation
 from nlkernels._spec import Problem
 from nlkernels.ops import _unnormalised
-from nlkernels.ops.dot_product import chunked, cpp, reference
+from nlkernels.ops.dot_product import chunked, cpp, order, reference
 from nlkernels.ops.dot_product.choice import TABLE
 
 NAME = "dot_product"
@@ -25,9 +28,17 @@ def supports(backend: str, problem: Problem) -> list[str]:
 
 
 def _is_linear_cheaper(problem: Problem) -> bool:
-    """Whether forward and backward together cost fewer FLOPs without the scores."""
-    forward, backward = (count(*problem[:5]) for count in (chunked.flops, chunked.backward_flops))
+    """Whether forward and backward together cost fewer FLOPs without the scores.
+
+    So wherever there is a state: no backend that refuses these problems is asked for one.
+    """
+    sizes, kept = problem[:5], order.keeps_state(*problem[:6])
+    forward, backward = order.flops(*sizes), order.backward_flops(*sizes, kept=kept)
     return forward[0] + backward[0] < forward[1] + backward[1]
+
+
+def _backward_flops(*sizes: int, state: torch.Size) -> int:
+    return min(order.backward_flops(*sizes, kept=math.prod(state) > 0))
 
 
 _unnormalised.define(
@@ -36,6 +47,7 @@ _unnormalised.define(
     Operation(
         _unnormalised.BACKENDS, supports, _INSIDE, TABLE, suite="nlkernels.ops.dot_product.suite"
     ),
-    flops=lambda *sizes: min(chunked.flops(*sizes)),
-    backward_flops=lambda *sizes: min(chunked.backward_flops(*sizes)),
+    flops=lambda *sizes: min(order.flops(*sizes)),
+    backward_flops=_backward_flops,
+    new_state=order.new_state,
 )
