@@ -8,6 +8,7 @@
 #define NLK_CPU_POINTWISE_PRODUCT_H_
 
 #include "cpu/attention_plan.h"
+#include "cpu/moments.h"
 #include "cpu/pack.h"
 #include "nlk/pointwise.h"
 
@@ -43,6 +44,7 @@ class PointwiseProduct {
           pieces.take<E>(maps_ ? rounded_up(a_.channels, kRowStep) * packed_stride<E>(depth)
                                : padded_columns<E>(a_.channels) * whole_groups(depth));
     }
+    moments_ = pieces.take<double>(a_.moments ? a_.batch * blocks_ * 2 * a_.channels : 0);
     const std::int64_t shared = pieces.bytes();
     const std::int64_t count = blocks_of(units_, blocks_) * unit_;
     const std::int64_t columns = padded_columns<E>(count), rows = rounded_up(count, kTallPanel);
@@ -67,24 +69,29 @@ class PointwiseProduct {
     };
     if (!parallel(a_.threads, a_.sources * pieces, pack)) return false;
     auto block = [&](std::int64_t task, int thread) {
-      const std::int64_t number = task % blocks_;
-      const std::int64_t first = number * units_ / blocks_ * unit_;
-      const std::int64_t end = smaller_of(a_.positions, (number + 1) * units_ / blocks_ * unit_);
-      const Block at{task / blocks_, first, end - first, thread};
+      const Block at = block_at(task, thread);
       if (maps_) {
         compute_maps(at);
       } else {
         compute_rows(at);
       }
     };
-    return parallel(a_.threads, a_.batch * blocks_, block);
+    if (!parallel(a_.threads, a_.batch * blocks_, block)) return false;
+    auto combine = [&](std::int64_t task, int) { combine_blocks(task * kTogether); };
+    return !a_.moments || parallel(a_.threads, blocks_of(a_.channels, kTogether), combine);
   }
 
  private:
   struct Block {
-    std::int64_t item, first, count;
+    std::int64_t number, item, first, count;
     int thread;
   };
+
+  Block block_at(std::int64_t number, int thread) const {
+    const std::int64_t own = number % blocks_, first = own * units_ / blocks_ * unit_;
+    const std::int64_t end = smaller_of(a_.positions, (own + 1) * units_ / blocks_ * unit_);
+    return {number, number / blocks_, first, end - first, thread};
+  }
 
   static std::int64_t whole_groups(std::int64_t depth) { return rounded_up(depth, kGroup<E>); }
 
@@ -129,6 +136,11 @@ class PointwiseProduct {
         write_line(at.item, at.first + r, column, a_.out.channel, a_.base.channel,
                    results + r * results_row_, columns, shift ? shift + column : nullptr, Number{0});
       }
+      if (!a_.moments) continue;
+      // What was written is in the cache; the results are not needed any more.
+      const Part<T> out = part_of<T>(a_.out, at.item, at.first, column);
+      column_moments<T>({out.data, out.column}, out.row, at.count, columns, results,
+                        moments_of(at, column));
     }
   }
 
@@ -164,6 +176,9 @@ class PointwiseProduct {
       for (std::int64_t r = 0; r < rows; ++r) {
         write_line(at.item, at.first, row + r, a_.out.row, a_.base.row, results + r * results_row_,
                    at.count, nullptr, shift ? shift[row + r] : Number{0});
+        if (!a_.moments) continue;
+        const Part<T> out = part_of<T>(a_.out, at.item, at.first, row + r);
+        line_moments<T>({out.data, out.row}, at.count, moments_of(at, row + r));
       }
     }
   }
@@ -208,10 +223,27 @@ class PointwiseProduct {
     }
   }
 
+  // ---- moments ---------------------------------------------------------------------------------
+
+  Moments moments_of(const Block& at, std::int64_t channel) const {
+    double* const means = moments_ + at.number * 2 * a_.channels + channel;
+    return {means, means + a_.channels};
+  }
+
+  void combine_blocks(std::int64_t first) const {
+    Number* const means = static_cast<Number*>(a_.moments);
+    combine_moments(
+        moments_, a_.batch * blocks_, a_.channels, first,
+        smaller_of(a_.channels, first + kTogether),
+        [this](std::int64_t block) { return block_at(block, 0).count; }, means,
+        means + a_.channels);
+  }
+
   PointwiseArguments a_;
   bool maps_;
   std::int64_t unit_, units_, blocks_, results_row_ = 0, thread_bytes_ = 0;
   E* weights_[3] = {};
+  double* moments_ = nullptr;  // of each block
   E* positions_[3] = {};  // from here on each thread's own
   Number* results_ = nullptr;
 };
