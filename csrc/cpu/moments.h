@@ -38,44 +38,37 @@ NLK_INLINE void set_moments(Number near, Number gap, Number squares, std::int64_
 }
 
 // Of one channel, whose numbers are a line.
-template <typename T>
-NLK_INLINE void line_moments(Line<const T> line, std::int64_t count, Moments to) {
-  typedef Computed<T> Number;
+template <typename Number>
+NLK_INLINE void line_moments(const Number* line, std::int64_t count, Moments to) {
   constexpr int lanes = kLanes<Number>;
   const Vector<Number> share = splat(Number{1} / static_cast<Number>(count));
   Vector<Number> parts = {}, gaps = {}, squares = {};
   for (std::int64_t i = 0; i < count; i += lanes) {
-    parts += load_line(line.from(i), lanes_from<Number>(i, count)) * share;
+    parts += load_some(line + i, lanes_from<Number>(i, count)) * share;
   }
   const Number near = sum_of_lanes<Number>(parts);
   for (std::int64_t i = 0; i < count; i += lanes) {
     const int some = lanes_from<Number>(i, count);
-    const Vector<Number> gap =
-        first_lanes<Number>(load_line(line.from(i), some) - splat(near), some);
-    gaps += gap;
+    const Vector<Number> gap = first_lanes<Number>(load_some(line + i, some) - splat(near), some);
     const Vector<Number> in_unit = gap * splat(kSquareUnit<Number>);
-    squares += in_unit * in_unit;
+    gaps += gap, squares += in_unit * in_unit;
   }
   set_moments<Number>(near, sum_of_lanes<Number>(gaps), sum_of_lanes<Number>(squares), count, to);
 }
 
-// Of channels that are the numbers of `count` lines, `apart` from each other. `scratch` has 3 times
-// `columns` numbers.
-template <typename T>
-void column_moments(Line<const T> first, std::int64_t apart, std::int64_t count,
-                    std::int64_t columns, Computed<T>* scratch, Moments to) {
-  typedef Computed<T> Number;
+// Of channels that are the columns of `count` rows, which are `apart` from each other. `scratch` has
+// 3 times `columns` numbers.
+template <typename Number>
+void column_moments(const Number* rows, std::int64_t apart, std::int64_t count,
+                    std::int64_t columns, Number* scratch, Moments to) {
   Number *const near = scratch, *const gaps = near + columns, *const squares = gaps + columns;
   std::memset(scratch, 0, 3 * columns * sizeof(Number));
   const Vector<Number> share = splat(Number{1} / static_cast<Number>(count));
-  auto numbers = [&](std::int64_t row, std::int64_t i, int some) {
-    return load_line(Line<const T>{first.data + row * apart, first.step}.from(i), some);
-  };
   add_columns<Number, 1>(count, columns, near, [&](auto row, auto i, int some, auto* sums) {
-    sums[0] += numbers(row, i, some) * share;
+    sums[0] += load_some(rows + row * apart + i, some) * share;
   });
   add_columns<Number, 2>(count, columns, gaps, [&](auto row, auto i, int some, auto* sums) {
-    const Vector<Number> gap = numbers(row, i, some) - load_some(near + i, some);
+    const Vector<Number> gap = load_some(rows + row * apart + i, some) - load_some(near + i, some);
     const Vector<Number> in_unit = gap * splat(kSquareUnit<Number>);
     sums[0] += gap, sums[1] += in_unit * in_unit;
   });

@@ -4,6 +4,7 @@
 #include "nlk/norm.h"
 
 #include <cmath>
+#include <type_traits>
 
 #include "cpu/attention_plan.h"
 #include "cpu/lines.h"
@@ -16,6 +17,8 @@ namespace {
 constexpr std::int64_t kTaskNumbers = 16 << 10, kSummed = 256;
 // Tasks that positions are shared out to, and how many of them are summed in the type of sums.
 constexpr std::int64_t kMostParts = 64, kRowsSummed = 32;
+// Rows ahead of those that are read, from which numbers are fetched into the caches.
+constexpr std::int64_t kRowsAhead = 8;
 // Channels whose parts are added up by one task.
 constexpr std::int64_t kChannelsOfTask = 64;
 
@@ -50,9 +53,9 @@ class Norm {
   // Where what lies; returns the bytes of it all.
   std::int64_t lay_out(void* workspace) {
     Pieces pieces(workspace);
-    inverse_ = pieces.take<Number>(a_.channels);
     factor_ = pieces.take<Number>(a_.channels);
-    means_ = pieces.take<Number>(2 * a_.channels);
+    slope_ = pieces.take<Number>(a_.channels);
+    level_ = pieces.take<Number>(a_.channels);
     if (maps_) return pieces.bytes();
     sums_ = pieces.take<double>(parts_ * 2 * a_.channels);
     const std::int64_t shared = pieces.bytes();
@@ -80,7 +83,10 @@ class Norm {
   bool backward() {
     prepare();
     if (a_.means) {
-      std::memcpy(means_, a_.means, 2 * a_.channels * sizeof(Number));
+      const Number* const means = static_cast<const Number*>(a_.means);
+      for (std::int64_t channel = 0; channel < a_.channels; ++channel) {
+        set_means(channel, means[channel], means[a_.channels + channel]);
+      }
     } else if (maps_) {
       // The numbers of a channel are still in the cache where they are read again.
       auto channel = [&](std::int64_t task, int) {
@@ -121,15 +127,13 @@ class Norm {
     return 1 / std::sqrt(static_cast<double>(variance) + a_.eps);
   }
 
-  // 1 / sqrt(variance + eps) of each channel, and its product with gamma.
+  // gamma / sqrt(variance + eps) of each channel.
   void prepare() {
     lay_out(a_.workspace);
     const Number* const gamma = static_cast<const Number*>(a_.gamma);
-    for (std::int64_t channel = 0; channel < a_.channels; ++channel) {
-      const double inverse = inverse_of(channel);
-      inverse_[channel] = static_cast<Number>(inverse);
-      if (!gamma) continue;
-      factor_[channel] = static_cast<Number>(inverse * static_cast<double>(gamma[channel]));
+    for (std::int64_t channel = 0; gamma && channel < a_.channels; ++channel) {
+      const double factor = static_cast<double>(gamma[channel]) * inverse_of(channel);
+      factor_[channel] = static_cast<Number>(factor);
     }
   }
 
@@ -168,26 +172,25 @@ class Norm {
   }
 
   void differentiate(const Place& at) const {
-    const Number *const inverse = inverse_ + at.channel, *const factor = factor_ + at.channel;
-    const Number *const slope = means_ + at.channel, *const level = slope + a_.channels;
+    const Number *const factor = factor_ + at.channel, *const slope = slope_ + at.channel;
+    const Number* const level = level_ + at.channel;
     if (maps_) {
-      differentiate(at, same(mean(at)), same(inverse), same(factor), same(slope), same(level));
+      differentiate(at, same(mean(at)), same(factor), same(slope), same(level));
     } else {
-      differentiate(at, along(mean(at)), along(inverse), along(factor), along(slope), along(level));
+      differentiate(at, along(mean(at)), along(factor), along(slope), along(level));
     }
   }
 
   template <typename Constant>
-  void differentiate(const Place& at, Constant mean, Constant inverse, Constant factor,
-                     Constant slope, Constant level) const {
+  void differentiate(const Place& at, Constant mean, Constant factor, Constant slope,
+                     Constant level) const {
     const Line<const T> z = read(a_.z, at), grad = read(a_.grad, at);
     const Line<T> out = line(a_.out, at);
     for (std::int64_t i = 0; i < at.count; i += kLength) {
       const int some = lanes_from<Number>(i, at.count);
       const Numbers gap = load_line(z.from(i), some) - mean.at(i, some);
-      const Numbers standard = gap * inverse.at(i, some);
       const Numbers centred = load_line(grad.from(i), some) - level.at(i, some);
-      const Numbers result = factor.at(i, some) * (centred - standard * slope.at(i, some));
+      const Numbers result = factor.at(i, some) * (centred - gap * slope.at(i, some));
       store_line(out.from(i), result, some);
     }
   }
@@ -199,8 +202,12 @@ class Norm {
     Number* const sums = static_cast<Number*>(a_.sums);
     sums[channel] = static_cast<Number>(of_standard);
     sums[a_.channels + channel] = static_cast<Number>(of_grad);
-    means_[channel] = static_cast<Number>(of_standard / count);
-    means_[a_.channels + channel] = static_cast<Number>(of_grad / count);
+    set_means(channel, of_standard / count, of_grad / count);
+  }
+
+  void set_means(std::int64_t channel, double of_standard, double of_grad) const {
+    slope_[channel] = static_cast<Number>(of_standard * inverse_of(channel));
+    level_[channel] = static_cast<Number>(of_grad);
   }
 
   // ---- positions lie together ------------------------------------------------------------------
@@ -216,7 +223,7 @@ class Norm {
         for (std::int64_t i = 0; i < at.count; i += kLength) {
           const int some = lanes_from<Number>(i, at.count);
           const Numbers own = load_line(grad.from(i), some);
-          // Where there is no number, the gradient is zero, but an infinite mean times it is none.
+          // Where there is no number the gradient is zero, which times an infinite mean is NaN.
           const Numbers gap = load_line(z.from(i), some) - means;
           products += first_lanes<Number>(own * gap, some);
           grads += own;
@@ -253,15 +260,28 @@ class Norm {
 
   // Adds products and gradients of rows [from, from + rows) of all items.
   void add_rows(std::int64_t from, std::int64_t rows, Number* sums) const {
-    Line<const T> z[kRowsSummed], grad[kRowsSummed];
+    const std::integral_constant<std::int64_t, 1> one;
+    if (a_.z.channel == 1 && a_.grad.channel == 1) return add_rows(from, rows, sums, one, one);
+    add_rows(from, rows, sums, a_.z.channel, a_.grad.channel);
+  }
+
+  template <typename Step>
+  void add_rows(std::int64_t from, std::int64_t rows, Number* sums, Step z_step,
+                Step grad_step) const {
+    const T *z[kRowsSummed], *grad[kRowsSummed];
     for (std::int64_t row = 0; row < rows; ++row) {
       const Place at{(from + row) / a_.positions, (from + row) % a_.positions, 0, a_.channels};
-      z[row] = read(a_.z, at), grad[row] = read(a_.grad, at);
+      z[row] = read(a_.z, at).data, grad[row] = read(a_.grad, at).data;
     }
     const Number* const means = static_cast<const Number*>(a_.moments);
     add_columns<Number, 2>(rows, a_.channels, sums, [&](auto row, auto i, int some, auto* parts) {
-      const Numbers own = load_line(grad[row].from(i), some);
-      parts[0] += own * (load_line(z[row].from(i), some) - load_some(means + i, some));
+      const Line<const T> own_z{z[row] + i * z_step, z_step};
+      const Line<const T> own_grad{grad[row] + i * grad_step, grad_step};
+      // The processor's own prefetching begins anew in every row.
+      __builtin_prefetch(own_z.data + kRowsAhead * a_.z.row);
+      __builtin_prefetch(own_grad.data + kRowsAhead * a_.grad.row);
+      const Numbers own = load_line(own_grad, some);
+      parts[0] += own * (load_line(own_z, some) - load_some(means + i, some));
       parts[1] += own;
     });
   }
@@ -280,7 +300,7 @@ class Norm {
   const NormArguments& a_;
   bool maps_;
   std::int64_t rows_of_part_, parts_, thread_bytes_ = 0;
-  Number *inverse_ = nullptr, *factor_ = nullptr, *means_ = nullptr;
+  Number *factor_ = nullptr, *slope_ = nullptr, *level_ = nullptr;
   double* sums_ = nullptr;
   Number* few_ = nullptr;  // each thread's own
 };

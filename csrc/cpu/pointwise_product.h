@@ -57,6 +57,7 @@ class PointwiseProduct {
         maps_ ? columns : padded_columns<E>(smaller_of(a_.channels, kColumnsOfResults));
     const std::int64_t of_channels = rounded_up(smaller_of(a_.channels, kRowsOfResults), kRowStep);
     results_ = pieces.take<Number>((maps_ ? of_channels : rows) * results_row_);
+    columns_ = pieces.take<Number>(a_.moments && !maps_ ? 3 * results_row_ : 0);
     thread_bytes_ = pieces.bytes() - shared;
     return shared + a_.threads * thread_bytes_;
   }
@@ -137,10 +138,8 @@ class PointwiseProduct {
                    results + r * results_row_, columns, shift ? shift + column : nullptr, Number{0});
       }
       if (!a_.moments) continue;
-      // What was written is in the cache; the results are not needed any more.
-      const Part<T> out = part_of<T>(a_.out, at.item, at.first, column);
-      column_moments<T>({out.data, out.column}, out.row, at.count, columns, results,
-                        moments_of(at, column));
+      column_moments(results, results_row_, at.count, columns,
+                     own_piece(columns_, at.thread, thread_bytes_), moments_of(at, column));
     }
   }
 
@@ -177,8 +176,7 @@ class PointwiseProduct {
         write_line(at.item, at.first, row + r, a_.out.row, a_.base.row, results + r * results_row_,
                    at.count, nullptr, shift ? shift[row + r] : Number{0});
         if (!a_.moments) continue;
-        const Part<T> out = part_of<T>(a_.out, at.item, at.first, row + r);
-        line_moments<T>({out.data, out.row}, at.count, moments_of(at, row + r));
+        line_moments(results + r * results_row_, at.count, moments_of(at, row + r));
       }
     }
   }
@@ -197,8 +195,9 @@ class PointwiseProduct {
   // ---- results ---------------------------------------------------------------------------------
 
   // Results that follow each other by the strides of out and base, from a position and channel on.
+  // For moments they become what was written, which out itself may not have in the cache yet.
   void write_line(std::int64_t item, std::int64_t position, std::int64_t channel,
-                  std::int64_t out_step, std::int64_t base_step, const Number* results,
+                  std::int64_t out_step, std::int64_t base_step, Number* results,
                   std::int64_t count, const Number* shifts, Number shift) {
     T* to = static_cast<T*>(a_.out.data) + item * a_.out.item + position * a_.out.row +
             channel * a_.out.channel;
@@ -212,6 +211,7 @@ class PointwiseProduct {
         if (shifts) sum = sum + load_some(shifts + i, some);
         if (base) sum = sum + load_some(base + i, some);
         store_some(to + i, sum, some);
+        if (a_.moments) store(results + i, load_some(to + i, some));
       }
       return;
     }
@@ -220,6 +220,7 @@ class PointwiseProduct {
       if (shifts) sum += shifts[i];
       if (base) sum += widen(base[i * base_step]);
       to[i * out_step] = narrow<T>(sum);
+      if (a_.moments) results[i] = widen(to[i * out_step]);
     }
   }
 
@@ -245,7 +246,7 @@ class PointwiseProduct {
   E* weights_[3] = {};
   double* moments_ = nullptr;  // of each block
   E* positions_[3] = {};  // from here on each thread's own
-  Number* results_ = nullptr;
+  Number *results_ = nullptr, *columns_ = nullptr;
 };
 
 }  // namespace

@@ -52,7 +52,9 @@ class Problem:
         return drawn.to(self.dtype)
 
     def product(self, backend):
-        return backend.product(self.features, self.weight, self.shift, self.maps)
+        (name,) = (name for name, module in BACKENDS.items() if module is backend)
+        given = self.features, self.weight, self.shift, self.maps, name
+        return torch.ops.nlkernels.norm_product(*given)
 
     def judged(self, z):
         """Output, gradients of z, gamma and beta by torch in z's dtype, and by the definition."""

@@ -1,27 +1,22 @@
 """Batch norms by torch's own kernels, on any device.
 
-Memory beyond inputs and outputs, E bytes an element: what the product takes; E B N C for a gradient
-that lies otherwise than z; A B N C (A bytes a sum) and elementwise intermediates for a gradient whose
-sums are those of several processes.
+Memory beyond inputs and outputs, E bytes an element: E B N C for a gradient that lies otherwise than
+z; A B N C (A bytes a sum) and elementwise intermediates for a gradient whose sums are those of several
+processes.
 """
 
 import torch
 
 from nlkernels.ops._tiles import accumulator_dtype
 from nlkernels.ops.norm.problem import are_maps
-from nlkernels.ops.pointwise import chunked
 from nlkernels.ops.pointwise.problem import like
 
 
-def product(
-    features: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor | None, maps: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (B,N,K), weight (C,K), shift (C,) -> z (B,N,C), moments (2,C)."""
-    z = chunked.product([(features, weight)], shift, None, maps)
+def moments(z: torch.Tensor) -> torch.Tensor:
+    """Mean and biased variance (2,C) of the channels of z (B,N,C)."""
     # Running statistics, which nobody reads, keep torch from rounding these to 16 bits.
-    unread = z.new_zeros(2, weight.shape[0], dtype=accumulator_dtype(z.dtype))
-    found = torch.ops.aten.batch_norm_update_stats(_map(z), *unread.unbind(), 0.0)
-    return z, torch.stack(found)
+    unread = z.new_zeros(2, z.shape[2], dtype=accumulator_dtype(z.dtype))
+    return torch.stack(torch.ops.aten.batch_norm_update_stats(_map(z), *unread.unbind(), 0.0))
 
 
 def forward(
@@ -36,7 +31,7 @@ def forward(
     parameters = (gamma.to(moments.dtype), beta.to(moments.dtype))
     arguments = (*parameters, *moments.unbind(), False, 0.0, eps)
     out, *_ = torch.ops.aten.native_batch_norm(_map(z), *arguments)
-    rows = out.flatten(2).mT
+    rows = _rows(out)
     return rows if base is None else rows.add_(base)
 
 
@@ -69,7 +64,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of z, laid out like z, and the sums (2,C), where all of the batch is here."""
     d_z, *found = _gradients(grad, z, gamma, moments, eps, [True, True, True])
-    return d_z.flatten(2).mT, torch.stack(found)
+    return _rows(d_z), torch.stack(found)
 
 
 def _gradients(grad, z, gamma, moments, eps, wanted):
@@ -92,3 +87,12 @@ def _map(rows: torch.Tensor) -> torch.Tensor:
         item = positions * channels
     steps = (channels, channels) if channel == 1 and channels > 1 else (1, 1)
     return rows.as_strided((batch, channels, positions, 1, 1), (item, channel, position, *steps))
+
+
+def _rows(features: torch.Tensor) -> torch.Tensor:
+    """(B,C,N,1,1) -> (B,N,C), a view."""
+    rows = features.flatten(2).mT
+    if rows.shape[0] != 1:
+        return rows
+    # torch gives a single item another stride.
+    return rows.as_strided(rows.shape, (rows.numel(), *rows.stride()[1:]))

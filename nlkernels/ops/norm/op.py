@@ -1,7 +1,8 @@
 """The norm operation: schema, fakes, FLOPs and backend choice; `ops/block` differentiates.
 
-A forward is the product with its statistics and then the norm, which one backend runs both; between
-the two come the statistics of other processes, and so between the two halves of a backward.
+A forward is the product with its statistics, and then the norm; between the two come the statistics
+of other processes, as they do between the two halves of a backward. A backend that does not take
+statistics with a product has them of what `ops/pointwise` returns.
 """
 
 import math
@@ -15,6 +16,8 @@ from nlkernels.ops._tiles import accumulator_dtype
 from nlkernels.ops.norm import chunked, cpp
 from nlkernels.ops.norm.choice import TABLE
 from nlkernels.ops.norm.problem import NormProblem, are_maps
+from nlkernels.ops.pointwise.op import BACKENDS as product_backends
+from nlkernels.ops.pointwise.op import product
 from nlkernels.ops.pointwise.problem import like
 
 NAME = "norm"
@@ -54,7 +57,12 @@ _operations.OPERATIONS[NAME] = _operations.Operation(
 
 
 def _module(backend: str, direction: str, z: torch.Tensor):
-    return _select.module(NAME, backend, direction, z, z.shape[2], are_maps(z))
+    return _select.module(NAME, _own(backend), direction, z, z.shape[2], are_maps(z))
+
+
+def _own(backend: str) -> str:
+    """The backend of a norm for that of its product, which may have more of them."""
+    return "chunked" if backend in product_backends and backend not in BACKENDS else backend
 
 
 @define(
@@ -62,8 +70,11 @@ def _module(backend: str, direction: str, z: torch.Tensor):
     "-> (Tensor, Tensor)"
 )
 def _product(features, weight, shift, maps, backend):
-    module = _select.module(NAME, backend, "forward", features, weight.shape[0], maps)
-    return module.product(features, weight, shift, maps)
+    module = _select.module(NAME, _own(backend), "forward", features, weight.shape[0], maps)
+    if hasattr(module, "product"):
+        return module.product(features, weight, shift, maps)
+    z = product([(features, weight)], shift, None, maps, backend)
+    return z, module.moments(z)
 
 
 @define(
