@@ -49,8 +49,8 @@ NLK_INLINE int lanes_from(std::int64_t i, std::int64_t count) {
   return left < kLanes<Number> ? static_cast<int>(left) : kLanes<Number>;
 }
 
-// Adds what comes of some rows to (kSums, columns) sums: add(row, i, some, sums) adds that of columns
-// from i on to as many vectors. Few rows are added to each other first, then to the sums in memory.
+// Adds what comes of some rows to (kSums, columns) sums: add(row, i, some, sums) adds that of
+// columns from i on to as many vectors. Few rows are added to each other first, then to the sums.
 template <typename Number, int kSums, typename Add>
 NLK_INLINE void add_columns(std::int64_t rows, std::int64_t columns, Number* sums, Add add) {
   constexpr std::int64_t at_once = 4;

@@ -1,5 +1,5 @@
-// Means and sums of squared deviations: of blocks of positions while these are in the caches, and of
-// all blocks from these.
+// Means and sums of squared deviations: of blocks of positions while these are in the caches, and
+// of all blocks from these.
 //
 // A block is read twice. The first time gives a number near its mean, the second one what is left:
 //
@@ -56,8 +56,8 @@ NLK_INLINE void line_moments(const Number* line, std::int64_t count, Moments to)
   set_moments<Number>(near, sum_of_lanes<Number>(gaps), sum_of_lanes<Number>(squares), count, to);
 }
 
-// Of channels that are the columns of `count` rows, which are `apart` from each other. `scratch` has
-// 3 times `columns` numbers.
+// Of channels that are the columns of `count` rows, which are `apart` from each other. `scratch`
+// has 3 times `columns` numbers.
 template <typename Number>
 void column_moments(const Number* rows, std::int64_t apart, std::int64_t count,
                     std::int64_t columns, Number* scratch, Moments to) {

@@ -1,6 +1,6 @@
 // Lines of what lies together in z are read and written from end to end: positions of a channel, or
-// channels of a position. Sums of few numbers are added in float64, in an order that depends on sizes
-// only.
+// channels of a position. Sums of few numbers are added in float64, in an order that depends on
+// sizes only.
 #include "nlk/norm.h"
 
 #include <cmath>
@@ -76,8 +76,7 @@ class Norm {
   bool sums() {
     prepare();
     if (!maps_) return sum_rows();
-    auto channel = [&](std::int64_t task, int) { sum_channel(task); };
-    return parallel(a_.threads, a_.channels, channel);
+    return over_channels([this](std::int64_t channel) { sum_channel(channel); });
   }
 
   bool backward() {
@@ -89,13 +88,12 @@ class Norm {
       }
     } else if (maps_) {
       // The numbers of a channel are still in the cache where they are read again.
-      auto channel = [&](std::int64_t task, int) {
-        sum_channel(task);
+      return over_channels([this](std::int64_t channel) {
+        sum_channel(channel);
         for (std::int64_t item = 0; item < a_.batch; ++item) {
-          differentiate(Place{item, 0, task, a_.positions});
+          differentiate(Place{item, 0, channel, a_.positions});
         }
-      };
-      return parallel(a_.threads, a_.channels, channel);
+      });
     } else if (!sum_rows()) {
       return false;
     }
@@ -155,6 +153,17 @@ class Norm {
       }
     };
     return parallel(a_.threads, blocks_of(lines, at_once), some);
+  }
+
+  // Calls body(channel) for all channels.
+  template <typename Body>
+  bool over_channels(Body body) {
+    const std::int64_t at_once = larger_of(1, kTaskNumbers / (a_.batch * a_.positions));
+    auto some = [&](std::int64_t task, int) {
+      const std::int64_t end = smaller_of(a_.channels, (task + 1) * at_once);
+      for (std::int64_t channel = task * at_once; channel < end; ++channel) body(channel);
+    };
+    return parallel(a_.threads, blocks_of(a_.channels, at_once), some);
   }
 
   template <typename Constant>
@@ -313,7 +322,8 @@ std::int64_t norm_workspace(const NormArguments& call) {
 }
 
 bool norm_forward(const NormArguments& call) {
-  return with_dtype(call.dtype, [&](auto number) { return Norm<decltype(number)>(call).forward(); });
+  return with_dtype(call.dtype,
+                    [&](auto number) { return Norm<decltype(number)>(call).forward(); });
 }
 
 bool norm_sums(const NormArguments& call) {

@@ -269,7 +269,8 @@ NLK_INLINE V larger(V a, V b) {
 template <int kHalf, typename V, std::size_t... I>
 NLK_INLINE V with_half(V vector, std::index_sequence<I...>) {
   constexpr int lanes = sizeof...(I);
-  return vector + __builtin_shufflevector(vector, vector, ((static_cast<int>(I) + kHalf) % lanes)...);
+  return vector +
+         __builtin_shufflevector(vector, vector, ((static_cast<int>(I) + kHalf) % lanes)...);
 }
 
 template <typename T>

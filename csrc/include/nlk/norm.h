@@ -1,4 +1,4 @@
-// A norm by the statistics of each channel, with the residual that is added to it, and its gradients.
+// A norm by the statistics of each channel, the residual that is added to it, and its gradients.
 #ifndef NLK_NORM_H_
 #define NLK_NORM_H_
 
@@ -17,8 +17,8 @@ namespace nlk {
 // backward  out = gamma / sqrt(variance + eps) (grad - means[1] - means[0] standard), after `sums`
 //           where there are no means
 //
-// Operands are (B,N,C), at any strides; base.data may be null. All else is dense and of the type that
-// sums have: moments, sums and means are (2,C), gamma and beta (C).
+// Operands are (B,N,C), at any strides; base.data may be null. All else is dense and of the type
+// that sums have: moments, sums and means are (2,C), gamma and beta (C).
 struct NormArguments {
   Dtype dtype;
   int threads;

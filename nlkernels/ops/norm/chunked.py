@@ -1,8 +1,8 @@
 """Batch norms by torch's own kernels, on any device.
 
-Memory beyond inputs and outputs, E bytes an element: E B N C for a gradient that lies otherwise than
-z; A B N C (A bytes a sum) and elementwise intermediates for a gradient whose sums are those of several
-processes.
+Memory beyond inputs and outputs, E bytes an element: E B N C for a gradient that lies otherwise
+than z; A B N C (A bytes a sum) and elementwise intermediates for a gradient whose sums are those of
+several processes.
 """
 
 import torch
@@ -53,7 +53,7 @@ def gradient(
     """The gradient of z, for the means (2,C) of what `sums` adds up; laid out like z."""
     dtype = moments.dtype
     (mean, variance), (slope, level) = moments, means
-    inverse = torch.rsqrt(variance + eps)
+    inverse = _inverse(variance, eps)
     standard = (z.to(dtype) - mean) * inverse
     d_z = (grad.to(dtype) - level - standard * slope) * (gamma.to(dtype) * inverse)
     return like(z, z.shape[2], are_maps(z)).copy_(d_z)
@@ -71,11 +71,16 @@ def _gradients(grad, z, gamma, moments, eps, wanted):
     if grad.stride() != z.stride():
         # Where the two lie differently, torch 2.13 returns wrong numbers for one item.
         grad = like(z, z.shape[2], are_maps(z)).copy_(grad)
-    inverse = torch.rsqrt(moments[1] + eps)
+    inverse = _inverse(moments[1], eps)
     return torch.ops.aten.native_batch_norm_backward(
         _map(grad), _map(z), gamma.to(moments.dtype), None, None, moments[0], inverse, True, eps,
         wanted,
     )  # fmt: skip
+
+
+def _inverse(variance: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / sqrt(variance + eps), rounded once: sums of gradients are multiplied by it."""
+    return torch.rsqrt(variance.double() + eps).to(variance.dtype)
 
 
 def _map(rows: torch.Tensor) -> torch.Tensor:

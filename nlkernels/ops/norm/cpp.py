@@ -3,15 +3,14 @@
 product   the statistics of a block of positions are taken when it was just written, and is in the
           cache; those of all blocks are put together in float64
 forward   norm and residual in one pass
-backward  what gradients of z need is added, in float64 where many numbers come together; z's gradient
-          is another pass: of maps channel by channel, whose numbers are then in the cache
+backward  what gradients of z need is added, in float64 where many numbers come together; z's
+          gradient is another pass: of maps channel by channel, whose numbers are then in the cache
 
-Statistics are those of z as it is rounded to its dtype. Sums do not depend on the number of threads;
-statistics do, by their rounding, as the product's blocks do.
+Statistics are those of z as it is rounded to its dtype. Sums do not depend on the number of
+threads; statistics do, by their rounding, as the product's blocks do.
 
 Memory beyond inputs and outputs, A bytes a sum, T threads:
-  product  : what `pointwise` states, and 16 C for each block: of at most 128 positions, or 96 of
-             rows;
+  product  : what `pointwise` states;
   others   : 4 A C; for sums of rows 16 C for each of at most 64 parts, and 2 A C T;
              C numbers are copied where gamma or beta have another dtype.
 
@@ -52,7 +51,7 @@ def forward(
 
 def sums(grad: torch.Tensor, z: torch.Tensor, moments: torch.Tensor, eps: float) -> torch.Tensor:
     """Grad, z (B,N,C) -> sums (2,C) of grad times the standardised z, and of grad."""
-    found = torch.empty_like(moments)
+    found = torch.zeros_like(moments)
     _run("norm_sums", z, moments, eps, grad=grad, sums=found)
     return found
 
@@ -75,7 +74,7 @@ def backward(
     grad: torch.Tensor, z: torch.Tensor, gamma: torch.Tensor, moments: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of z, laid out like z, and the sums (2,C), where all of the batch is here."""
-    d_z, found = _like(z), torch.empty_like(moments)
+    d_z, found = _like(z), torch.zeros_like(moments)
     _run("norm_backward", z, moments, eps, grad=grad, gamma=gamma, out=d_z, sums=found)
     return d_z, found
 
@@ -85,7 +84,9 @@ def _like(z: torch.Tensor) -> torch.Tensor:
 
 
 def _run(kernel: str, z: torch.Tensor, moments: torch.Tensor, eps: float, **given) -> None:
-    """Run a kernel for z and what is given of the other operands."""
+    """Run a kernel for z and what is given of the other operands; for no numbers, nothing."""
+    if z.numel() == 0:
+        return
     native, isa = _ext.load(), _ext.isa()
     worth = 1 + z.numel() // _NUMBERS_OF_THREAD
     kept, arguments = [], {}

@@ -11,9 +11,7 @@ as published by Ioffe and Szegedy, "Batch normalization", 2015, and computed by 
 import torch
 
 
-def norm(
-    z: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, eps: float
-) -> torch.Tensor:
+def norm(z: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, eps: float) -> torch.Tensor:
     """z (B,N,C) by its own statistics, differentiable by autograd."""
     mean, variance = z.mean((0, 1)), z.var((0, 1), correction=0)
     return (z - mean) * torch.rsqrt(variance + eps) * gamma + beta

@@ -12,7 +12,8 @@ summed by one thread in a fixed order: results do not depend on the number of th
 Memory beyond inputs and outputs, F bytes a factor (2 for pairs of bfloat16, else those of the
 sums), A bytes a sum, sizes rounded up to whole vectors:
   product : F P C for each source; for each thread at most 128 positions of F C for each source, and
-            192 x 128 or 96 x 512 results of A; with statistics 16 P for each block;
+            192 x 128 or 96 x 512 results of A; with statistics 16 P for each block of positions,
+            and 3 x 512 A for each thread;
   outer   : F (P + Q) for each of some 1 MiB of positions, at least 128 (256 of pairs); A P Q.
 
 Source: `csrc/cpu/pointwise*.h`.
@@ -49,7 +50,9 @@ def product_and_moments(
     Blocks of positions, of which these are put together, depend on the number of threads.
     """
     features, (channels, _) = sources[0][0], sources[0][1].shape
-    moments = features.new_empty(2, channels, dtype=accumulator_dtype(features.dtype))
+    wide = accumulator_dtype(features.dtype)
+    # Of no positions there are none.
+    moments = features.new_full((2, channels), float("nan"), dtype=wide)
     return _product(sources, shift, base, maps, moments), moments
 
 
