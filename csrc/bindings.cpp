@@ -307,6 +307,7 @@ PYBIND11_MODULE(_C, module) {
   bind_concat(module);
   bind_gate(module);
   bind_pointwise(module);
+  bind_norm(module);
   bind_pool(module);
   bind_peak(module);
 }

@@ -1,10 +1,11 @@
-// Bindings of the kernels that project and pool maps: pointwise products, their sums, max pooling.
+// Bindings of the kernels that project, normalise and pool maps.
 #ifndef NLK_BINDINGS_MAPS_H_
 #define NLK_BINDINGS_MAPS_H_
 
 #include <vector>
 
 #include "bindings/common.h"
+#include "nlk/norm.h"
 #include "nlk/pointwise.h"
 #include "nlk/pool.h"
 
@@ -17,7 +18,7 @@ nlk::PointwiseArguments pointwise_arguments(int dtype, int threads,
                                             std::array<std::int64_t, 3> sizes,
                                             const std::vector<PySource>& sources,
                                             std::uintptr_t shift, const PyOperand& base,
-                                            const PyOperand& out) {
+                                            const PyOperand& out, std::uintptr_t moments) {
   nlk::PointwiseArguments call{};
   call.dtype = static_cast<nlk::Dtype>(dtype);
   call.threads = threads;
@@ -28,6 +29,7 @@ nlk::PointwiseArguments pointwise_arguments(int dtype, int threads,
   }
   call.shift = address<const void>(shift);
   call.base = operand(base), call.out = operand(out);
+  call.moments = address<void>(moments);
   return call;
 }
 
@@ -47,7 +49,8 @@ nlk::OuterArguments outer_arguments(int dtype, int threads, std::array<std::int6
 void bind_pointwise(py::module_& module) {
   py::class_<nlk::PointwiseArguments>(module, "PointwiseArguments", py::module_local())
       .def(py::init(&pointwise_arguments), py::arg("dtype"), py::arg("threads"), py::arg("sizes"),
-           py::arg("sources"), py::arg("shift"), py::arg("base"), py::arg("out"));
+           py::arg("sources"), py::arg("shift"), py::arg("base"), py::arg("out"),
+           py::arg("moments"));
   module.def("pointwise_workspace", [](int isa, const nlk::PointwiseArguments& call) {
     return nlk::pointwise_workspace(static_cast<Isa>(isa), call);
   });
@@ -64,6 +67,50 @@ void bind_pointwise(py::module_& module) {
   module.def("outer", [](int isa, nlk::OuterArguments call, std::uintptr_t workspace) {
     call.workspace = address<void>(workspace);
     run([&] { return nlk::outer(static_cast<Isa>(isa), call); });
+  });
+}
+
+// Operands and numbers that a kernel of the norm does not take have the address 0.
+nlk::NormArguments norm_arguments(int dtype, int threads, std::array<std::int64_t, 3> sizes,
+                                  double eps, const PyOperand& z, std::uintptr_t moments,
+                                  std::uintptr_t gamma, std::uintptr_t beta,
+                                  std::uintptr_t means, const PyOperand& base,
+                                  const PyOperand& grad, const PyOperand& out,
+                                  std::uintptr_t sums) {
+  nlk::NormArguments call{};
+  call.dtype = static_cast<nlk::Dtype>(dtype);
+  call.threads = threads;
+  call.batch = sizes[0], call.positions = sizes[1], call.channels = sizes[2];
+  call.eps = eps;
+  call.moments = address<const void>(moments), call.means = address<const void>(means);
+  call.gamma = address<const void>(gamma), call.beta = address<const void>(beta);
+  call.z = operand(z), call.base = operand(base);
+  call.grad = operand(grad), call.out = operand(out);
+  call.sums = address<void>(sums);
+  return call;
+}
+
+void bind_norm(py::module_& module) {
+  const PyOperand none{0, 0, 0, 0};
+  py::class_<nlk::NormArguments>(module, "NormArguments", py::module_local())
+      .def(py::init(&norm_arguments), py::arg("dtype"), py::arg("threads"), py::arg("sizes"),
+           py::arg("eps"), py::arg("z"), py::arg("moments"), py::arg("gamma") = 0,
+           py::arg("beta") = 0, py::arg("means") = 0, py::arg("base") = none,
+           py::arg("grad") = none, py::arg("out") = none, py::arg("sums") = 0);
+  module.def("norm_workspace", [](int isa, const nlk::NormArguments& call) {
+    return nlk::norm_workspace(static_cast<Isa>(isa), call);
+  });
+  module.def("norm_forward", [](int isa, nlk::NormArguments call, std::uintptr_t workspace) {
+    call.workspace = address<void>(workspace);
+    run([&] { return nlk::norm_forward(static_cast<Isa>(isa), call); });
+  });
+  module.def("norm_sums", [](int isa, nlk::NormArguments call, std::uintptr_t workspace) {
+    call.workspace = address<void>(workspace);
+    run([&] { return nlk::norm_sums(static_cast<Isa>(isa), call); });
+  });
+  module.def("norm_backward", [](int isa, nlk::NormArguments call, std::uintptr_t workspace) {
+    call.workspace = address<void>(workspace);
+    run([&] { return nlk::norm_backward(static_cast<Isa>(isa), call); });
   });
 }
 

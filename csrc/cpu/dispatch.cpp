@@ -4,6 +4,7 @@
 #include "nlk/attention.h"
 #include "nlk/concat.h"
 #include "nlk/gate.h"
+#include "nlk/norm.h"
 #include "nlk/peak.h"
 #include "nlk/pointwise.h"
 #include "nlk/pool.h"
@@ -56,7 +57,7 @@ bool gate_backward(Isa isa, const GateArguments& arguments) {
   NLK_ON_ISA(isa, gate_backward(arguments))
 }
 
-// ---- pointwise, pool ---------------------------------------------------------------------------
+// ---- pointwise, norm, pool ---------------------------------------------------------------------
 
 std::int64_t pointwise_workspace(Isa isa, const PointwiseArguments& arguments) {
   NLK_ON_ISA(isa, pointwise_workspace(arguments))
@@ -71,6 +72,20 @@ std::int64_t outer_workspace(Isa isa, const OuterArguments& arguments) {
 }
 
 bool outer(Isa isa, const OuterArguments& arguments) { NLK_ON_ISA(isa, outer(arguments)) }
+
+std::int64_t norm_workspace(Isa isa, const NormArguments& arguments) {
+  NLK_ON_ISA(isa, norm_workspace(arguments))
+}
+
+bool norm_forward(Isa isa, const NormArguments& arguments) {
+  NLK_ON_ISA(isa, norm_forward(arguments))
+}
+
+bool norm_sums(Isa isa, const NormArguments& arguments) { NLK_ON_ISA(isa, norm_sums(arguments)) }
+
+bool norm_backward(Isa isa, const NormArguments& arguments) {
+  NLK_ON_ISA(isa, norm_backward(arguments))
+}
 
 bool pool_forward(Isa isa, const PoolArguments& arguments) {
   NLK_ON_ISA(isa, pool_forward(arguments))

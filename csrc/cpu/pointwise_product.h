@@ -8,6 +8,7 @@
 #define NLK_CPU_POINTWISE_PRODUCT_H_
 
 #include "cpu/attention_plan.h"
+#include "cpu/moments.h"
 #include "cpu/pack.h"
 #include "nlk/pointwise.h"
 
@@ -28,7 +29,7 @@ class PointwiseProduct {
   explicit PointwiseProduct(const PointwiseArguments& call) : a_(call) {
     maps_ = a_.out.channel != 1 && a_.out.row == 1;
     const bool along = maps_ ? a_.base.row == 1 : a_.out.channel == 1 && a_.base.channel == 1;
-    is_direct_ = a_.source[a_.sources - 1].depth > 0 &&
+    is_direct_ = !a_.moments && a_.source[a_.sources - 1].depth > 0 &&
                  (along || (!a_.base.data && (maps_ || a_.out.channel == 1)));
     unit_ = maps_ ? kPanel<E> / 2 : 4 * kRowStep;
     units_ = blocks_of(a_.positions, unit_);
@@ -46,6 +47,7 @@ class PointwiseProduct {
           pieces.take<E>(maps_ ? rounded_up(a_.channels, kRowStep) * packed_stride<E>(depth)
                                : padded_columns<E>(a_.channels) * whole_groups(depth));
     }
+    moments_ = pieces.take<double>(a_.moments ? a_.batch * blocks_ * 2 * a_.channels : 0);
     const std::int64_t shared = pieces.bytes();
     const std::int64_t count = blocks_of(units_, blocks_) * unit_;
     const std::int64_t columns = padded_columns<E>(count), rows = rounded_up(count, kTallPanel);
@@ -58,6 +60,7 @@ class PointwiseProduct {
         maps_ ? columns : padded_columns<E>(smaller_of(a_.channels, kColumnsOfResults));
     const std::int64_t of_channels = rounded_up(smaller_of(a_.channels, kRowsOfResults), kRowStep);
     results_ = pieces.take<Number>((maps_ ? of_channels : rows) * results_row_);
+    columns_ = pieces.take<Number>(a_.moments && !maps_ ? 3 * results_row_ : 0);
     thread_bytes_ = pieces.bytes() - shared;
     return shared + a_.threads * thread_bytes_;
   }
@@ -70,24 +73,29 @@ class PointwiseProduct {
     };
     if (!parallel(a_.threads, a_.sources * pieces, pack)) return false;
     auto block = [&](std::int64_t task, int thread) {
-      const std::int64_t number = task % blocks_;
-      const std::int64_t first = number * units_ / blocks_ * unit_;
-      const std::int64_t end = smaller_of(a_.positions, (number + 1) * units_ / blocks_ * unit_);
-      const Block at{task / blocks_, first, end - first, thread};
+      const Block at = block_at(task, thread);
       if (maps_) {
         compute_maps(at);
       } else {
         compute_rows(at);
       }
     };
-    return parallel(a_.threads, a_.batch * blocks_, block);
+    if (!parallel(a_.threads, a_.batch * blocks_, block)) return false;
+    auto combine = [&](std::int64_t task, int) { combine_blocks(task * kTogether); };
+    return !a_.moments || parallel(a_.threads, blocks_of(a_.channels, kTogether), combine);
   }
 
  private:
   struct Block {
-    std::int64_t item, first, count;
+    std::int64_t number, item, first, count;
     int thread;
   };
+
+  Block block_at(std::int64_t number, int thread) const {
+    const std::int64_t own = number % blocks_, first = own * units_ / blocks_ * unit_;
+    const std::int64_t end = smaller_of(a_.positions, (own + 1) * units_ / blocks_ * unit_);
+    return {number, number / blocks_, first, end - first, thread};
+  }
 
   static std::int64_t whole_groups(std::int64_t depth) { return rounded_up(depth, kGroup<E>); }
 
@@ -140,6 +148,9 @@ class PointwiseProduct {
         write_line(at.item, at.first + r, column, a_.out.channel, a_.base.channel,
                    results + r * results_row_, columns, shift ? shift + column : nullptr, Number{0});
       }
+      if (!a_.moments) continue;
+      column_moments(results, results_row_, at.count, columns,
+                     own_piece(columns_, at.thread, thread_bytes_), moments_of(at, column));
     }
   }
 
@@ -183,6 +194,8 @@ class PointwiseProduct {
       for (std::int64_t r = 0; r < rows; ++r) {
         write_line(at.item, at.first, row + r, a_.out.row, a_.base.row, results + r * results_row_,
                    at.count, nullptr, shift ? shift[row + r] : Number{0});
+        if (!a_.moments) continue;
+        line_moments(results + r * results_row_, at.count, moments_of(at, row + r));
       }
     }
   }
@@ -218,8 +231,9 @@ class PointwiseProduct {
   }
 
   // Results that follow each other by the strides of out and base, from a position and channel on.
+  // For moments they become what was written, which out itself may not have in the cache yet.
   void write_line(std::int64_t item, std::int64_t position, std::int64_t channel,
-                  std::int64_t out_step, std::int64_t base_step, const Number* results,
+                  std::int64_t out_step, std::int64_t base_step, Number* results,
                   std::int64_t count, const Number* shifts, Number shift) {
     T* to = static_cast<T*>(a_.out.data) + item * a_.out.item + position * a_.out.row +
             channel * a_.out.channel;
@@ -233,6 +247,7 @@ class PointwiseProduct {
         if (shifts) sum = sum + load_some(shifts + i, some);
         if (base) sum = sum + load_some(base + i, some);
         store_some(to + i, sum, some);
+        if (a_.moments) store(results + i, load_some(to + i, some));
       }
       return;
     }
@@ -241,16 +256,34 @@ class PointwiseProduct {
       if (shifts) sum += shifts[i];
       if (base) sum += widen(base[i * base_step]);
       to[i * out_step] = narrow<T>(sum);
+      if (a_.moments) results[i] = widen(to[i * out_step]);
     }
+  }
+
+  // ---- moments ---------------------------------------------------------------------------------
+
+  Moments moments_of(const Block& at, std::int64_t channel) const {
+    double* const means = moments_ + at.number * 2 * a_.channels + channel;
+    return {means, means + a_.channels};
+  }
+
+  void combine_blocks(std::int64_t first) const {
+    Number* const means = static_cast<Number*>(a_.moments);
+    combine_moments(
+        moments_, a_.batch * blocks_, a_.channels, first,
+        smaller_of(a_.channels, first + kTogether),
+        [this](std::int64_t block) { return block_at(block, 0).count; }, means,
+        means + a_.channels);
   }
 
   PointwiseArguments a_;
   bool maps_;
-  bool is_direct_;  // tiles write their results, which lie side by side
+  bool is_direct_;  // tiles write their results: these lie side by side, and nothing is asked of them
   std::int64_t unit_, units_, blocks_, results_row_ = 0, thread_bytes_ = 0;
   E* weights_[3] = {};
+  double* moments_ = nullptr;  // of each block
   E* positions_[3] = {};  // from here on each thread's own
-  Number* results_ = nullptr;
+  Number *results_ = nullptr, *columns_ = nullptr;
 };
 
 }  // namespace

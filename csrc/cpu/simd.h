@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -264,15 +265,22 @@ NLK_INLINE V larger(V a, V b) {
   return a > b ? a : b;
 }
 
+// A vector plus itself, its second half beside the first.
+template <int kHalf, typename V, std::size_t... I>
+NLK_INLINE V with_half(V vector, std::index_sequence<I...>) {
+  constexpr int lanes = sizeof...(I);
+  return vector +
+         __builtin_shufflevector(vector, vector, ((static_cast<int>(I) + kHalf) % lanes)...);
+}
+
 template <typename T>
 NLK_INLINE T sum_of_lanes(Vector<T> vector) {
   // Halves upon halves: the order of a tree.
-  T numbers[kLanes<T>];
-  store(numbers, vector);
-  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) numbers[lane] += numbers[lane + half];
-  }
-  return numbers[0];
+  constexpr std::make_index_sequence<kLanes<T>> lanes;
+  if constexpr (kLanes<T> > 8) vector = with_half<8>(vector, lanes);
+  if constexpr (kLanes<T> > 4) vector = with_half<4>(vector, lanes);
+  if constexpr (kLanes<T> > 2) vector = with_half<2>(vector, lanes);
+  return with_half<1>(vector, lanes)[0];
 }
 
 }  // namespace

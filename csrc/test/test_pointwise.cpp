@@ -56,6 +56,21 @@ void print(const Round& round, std::int64_t batch, std::int64_t positions, std::
               int(others));
 }
 
+// Whether they are mean and variance of each channel of what was written.
+bool are_moments(const Strided& moments, const std::vector<double>& out, std::int64_t channels) {
+  const auto rows = static_cast<std::int64_t>(out.size()) / channels;
+  std::vector<double> means(channels), variances(channels), got = moments.numbers();
+  for (std::size_t i = 0; i < out.size(); ++i) means[i % channels] += out[i] / rows;
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    const double gap = out[i] - means[i % channels];
+    variances[i % channels] += gap * gap / rows;
+  }
+  const std::vector<double> got_variances(got.begin() + channels, got.end());
+  got.resize(channels);
+  return nlk::is_close("mean", got, means, 1e-6, 0.01) &&
+         nlk::is_close("variance", got_variances, variances, 1e-6, 0.01);
+}
+
 // How many results of a product are wrong.
 int check_product(nlk::Isa isa, unsigned seed) {
   Round round(seed);
@@ -98,10 +113,13 @@ int check_product(nlk::Isa isa, unsigned seed) {
   }
   int wrong = 0;
   std::unique_ptr<Tensor> first;
+  const bool has_moments = round.toss();
+  Strided moments = sums_of(round.dtype, 2 * channels);
   const int layout = static_cast<int>(round.random() % 3);
   for (call.threads = 1; call.threads <= kMostThreads; ++call.threads) {
     auto out = std::make_unique<Tensor>(round.dtype, batch, positions, channels, layout);
     call.out = out->operand;
+    if (has_moments) call.moments = moments.data();
     const auto memory = nlk::workspace(nlk::pointwise_workspace(isa, call));
     call.workspace = memory.get();
     wrong += !nlk::pointwise(isa, call) || !out->is_clean_between();
@@ -109,6 +127,7 @@ int check_product(nlk::Isa isa, unsigned seed) {
     if (call.threads == 1) first = std::move(out);
   }
   wrong += !nlk::is_close("out", first->numbers(), wanted, round.limit(round.dtype), 0.01);
+  if (has_moments) wrong += !are_moments(moments, first->numbers(), channels);
   if (wrong > 0) print(round, batch, positions, channels, call.source[0].depth);
   return wrong;
 }

@@ -33,7 +33,7 @@ def test_one_projection_and_one_aggregation(kind):
     made = block(kind=kind, backend="chunked")
     with Calls() as calls:
         made(features(2, 6, 4, 5, 7))
-    assert calls.counts["block_project"] == calls.counts["pointwise"] == 1  # theta and out
+    assert calls.counts["block_project"] == calls.counts["norm_product"] == 1  # theta and out
     assert calls.counts["region_forward"] == 1
     assert "_to_copy" not in calls.counts and "convolution" not in calls.counts
     with Calls() as calls:

@@ -20,7 +20,8 @@ struct PointwiseSource {
 
 // out[b,n,p] = base[b,n,p] + shift[p] + sum_s sum_c features_s[b,n,c] weight_s[p,c]
 //
-// base.data and shift may be null. shift has the type of sums.
+// base.data, shift and moments may be null. shift has the type of sums, as have moments (2,P): mean and
+// variance of every channel of out, of what is written there.
 struct PointwiseArguments {
   Dtype dtype;
   int threads;
@@ -29,6 +30,7 @@ struct PointwiseArguments {
   PointwiseSource source[3];
   Operand base, out;
   const void* shift;
+  void* moments;
   void* workspace;
 };
 

@@ -1,16 +1,15 @@
 """The end of a block, z = x + norm(weight y + bias): the output projection, a norm, the residual.
 
 A norm that only scales and shifts each channel, as a batch norm in evaluation does, goes into the
-weight: one product writes z. By the statistics of the batch, the product is normalised in one more
-pass. Gradients of a batch norm's input come by torch's own kernel.
+weight: one product writes z. Statistics of the batch are taken with the product; norm and residual
+are one more pass, the gradient of the product two (see `nlkernels/ops/norm`).
 
 Saved for backward: y, which attention keeps too, and parameters; by the statistics of the batch
 also the product, C numbers a position, unless `keep` is False: it is then computed again.
 
 Memory beyond inputs and outputs, E bytes an element: E C V for the weight with its factors; by the
-statistics of the batch E B C N in the forward, and in the backward twice that, of which torch's own
-kernel takes one, and once more for a product that is computed again; and what
-`nlkernels/ops/pointwise` states.
+statistics of the batch E B C N in the forward, and in the backward as much, and once more for a
+product that is computed again; and what `nlkernels/ops/pointwise` and `nlkernels/ops/norm` state.
 """
 
 from typing import Any, NamedTuple
@@ -19,9 +18,8 @@ import torch
 
 from nlkernels.ops._autograd import differentiated, differentiates_again, signed
 from nlkernels.ops._tiles import accumulator_dtype
-from nlkernels.ops.block import reference
+from nlkernels.ops.block import reference, statistics
 from nlkernels.ops.block.layout import map_of, rows_of
-from nlkernels.ops.block.statistics import Statistics, gradients, normalise
 from nlkernels.ops.pointwise import op as _pointwise  # noqa: F401 - its operators
 from nlkernels.ops.region.problem import is_channels_last
 
@@ -92,12 +90,12 @@ class _Merge(torch.autograd.Function):
             base = None if x is None else rows_of(x)
             out = _product(y, weight, shift, base, maps, backend)
             return map_of(out, sizes), *(y.new_empty(0) for _ in range(5))
-        z = map_of(_product(y, weight, _wide(bias), None, maps, backend), sizes)
-        out, found = normalise(z, gamma, beta, eps, group)
-        if x is not None:
-            out += x
+        base = None if x is None else rows_of(x)
+        z, found = statistics.product(y, weight, _wide(bias), maps, group, backend)
+        out = statistics.normalise(z, base, gamma, beta, found, eps, backend)
+        mean, var = found.moments[0].clone(), found.unbiased(z.shape[0] * z.shape[1])
         kept = z if keep else z.new_empty(0)
-        return out, found.mean, found.var, found.inverse, found.count, kept
+        return map_of(out, sizes), mean, var, *found, kept
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -105,7 +103,7 @@ class _Merge(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
         # Zeros for the kept product are as large as it is.
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.save_for_backward(*tensors, *output[3:])
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -130,11 +128,11 @@ class _Merge(torch.autograd.Function):
         if not any((wants[0], *wants[2:6])):
             return None, d_x, None, None, None, None, *none
         if kept.numel() == 0:
-            rows = _product(y, weight, _wide(bias), None, maps, ctx.backend)
-            kept = map_of(rows, ctx.sizes)
-        statistics = Statistics(found[0], found[2], found[1], found[3])
-        d_z, d_gamma, d_beta = gradients(grad, kept, gamma, statistics, ctx.eps, ctx.group)
-        d_rows = rows_of(d_z)
+            kept = _product(y, weight, _wide(bias), None, maps, ctx.backend)
+        d_rows, d_gamma, d_beta = statistics.gradients(
+            rows_of(grad), kept, gamma, statistics.Statistics(*found), ctx.eps, ctx.group,
+            ctx.backend,
+        )  # fmt: skip
         d_y = d_weight = d_bias = None
         if wants[0]:
             d_y = _product(d_rows, weight.mT, None, None, False, ctx.backend)

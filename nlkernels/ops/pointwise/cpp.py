@@ -12,7 +12,8 @@ summed by one thread in a fixed order: results do not depend on the number of th
 Memory beyond inputs and outputs, F bytes a factor (2 for pairs of bfloat16, else those of the
 sums), A bytes a sum, sizes rounded up to whole vectors:
   product : F P C for each source; for each thread at most 128 positions of F C for each source, and
-            192 x 128 or 96 x 512 results of A;
+            192 x 128 or 96 x 512 results of A; with statistics 16 P for each block of positions,
+            and 3 x 512 A for each thread;
   outer   : F (P + Q) for each of some 1 MiB of positions, at least 128 (256 of pairs); A P Q.
 
 Source: `csrc/cpu/pointwise*.h`.
@@ -35,6 +36,27 @@ def product(
     maps: bool = False,
 ) -> torch.Tensor:
     """Features (B,N,C), weights (P,C), shift (P,), base (B,N,P) -> (B,N,P), as maps or rows."""
+    return _product(sources, shift, base, maps, None)
+
+
+def product_and_moments(
+    sources: Sources,
+    shift: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
+    maps: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, and mean and biased variance (2,P) of its channels, as they are rounded.
+
+    Blocks of positions, of which these are put together, depend on the number of threads.
+    """
+    features, (channels, _) = sources[0][0], sources[0][1].shape
+    wide = accumulator_dtype(features.dtype)
+    # Of no positions there are none.
+    moments = features.new_full((2, channels), float("nan"), dtype=wide)
+    return _product(sources, shift, base, maps, moments), moments
+
+
+def _product(sources, shift, base, maps, moments):
     features, (channels, _) = sources[0][0], sources[0][1].shape
     out = like(features, channels, maps)
     if out.numel() == 0:
@@ -50,6 +72,7 @@ def product(
         shift=0 if shift is None else shift.data_ptr(),
         base=_operand(base),
         out=_operand(out),
+        moments=0 if moments is None else moments.data_ptr(),
     )
     workspace = torch.empty(native.pointwise_workspace(isa, call), dtype=torch.uint8)
     native.pointwise(isa, call, workspace.data_ptr())
