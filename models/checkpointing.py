@@ -35,14 +35,20 @@ def _contexts(layer: nn.Module) -> tuple[AbstractContextManager, AbstractContext
 @contextmanager
 def _untracked(layer: nn.Module) -> Iterator[None]:
     norms = [
-        module
-        for module in layer.modules()
-        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
+        module for module in layer.modules() if isinstance(module, _BatchNorm) and module.training
     ]
+    momenta = [norm.momentum for norm in norms]
+    counts = [norm.num_batches_tracked.clone() for norm in norms if _counts(norm)]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
+    finally:  # also where recomputing stops halfway, with all that the backward needs
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for norm, count in zip(filter(_counts, norms), counts, strict=True):
+            norm.num_batches_tracked.copy_(count)
+
+
+def _counts(norm: nn.Module) -> bool:
+    return norm.num_batches_tracked is not None

@@ -117,13 +117,12 @@ def registered(name: str, where: str = "registered") -> Registered:
     """
     if not isinstance(name, str):
         raise TypeError(
-            f"{where}: expected the name of a model, got {name!r}; "
-            f"pass one of {', '.join(list_models())}"
+            f"{where}: expected the name of a model, got {name!r}; pass one of list_models()"
         )
     if name not in _MODELS:
         raise ValueError(
-            f"{where}: expected one of {', '.join(list_models())}, got {name!r}"
-            f"{nearest(name, _MODELS)}"
+            f"{where}: expected one of the {len(_MODELS)} names of list_models(), "
+            f"got {name!r}{nearest(name, _MODELS)}"
         )
     return _MODELS[name]
 
