@@ -13,7 +13,7 @@ from torch import nn
 from nlkernels._spec import check_choice
 from nlkernels.models import blobs, files
 from nlkernels.models.convert import LoadReport, export_foreign, load_foreign
-from nlkernels.models.fitting import Fit, closest, fitting
+from nlkernels.models.fitting import Fit, closest, fitting, without_values
 from nlkernels.models.registry import create_model
 from nlkernels.models.systems import SYSTEMS
 from nlkernels.models.weights import NAME, OPTIONS, is_ours, open_weights, save_weights
@@ -216,9 +216,10 @@ def _fit(
     try:
         with torch.device("meta"):
             model = create_model(name, **nearest.options)
-        load_foreign(model, state, system, new=new, inflate=inflate)
+        load_foreign(model, without_values(state), system, new=new, inflate=inflate)
     except ValueError as error:
-        others = fitting(state, system, new=new, inflate=inflate)
+        width = {key: options[key] for key in ("width",) if key in options}
+        others = fitting(state, system, new=new, inflate=inflate, **width)
         fits = f"\nthe weights fit {_choices(others)}" if others else ""
         raise ValueError(f"{error}{fits}") from error
     return nearest

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import pickletools
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -89,11 +88,12 @@ def _read(path: Path, entry: str | None) -> File:
         stream.seek(0)
         if _torch.recognised(start):
             return _torch.read_archive(path, entry)
+        if entry is not None and not _torch.recognised_legacy(start):
+            raise ValueError(f"one set of weights, and not {entry!r}")
         if _safetensors.recognised(start[:9]):
             return _safetensors.read(stream)
         if start[:1] == b"\x80":
-            opcodes = pickletools.genops(start[2:])
-            legacy = next(op[1] for op in opcodes if op[0].name != "FRAME") == _torch.MAGIC
+            legacy = _torch.recognised_legacy(start)
             return _torch.read_legacy(stream, entry) if legacy else _caffe2.read(stream)
         if start[:1] == b"\n":
             return _mindspore.read(stream)

@@ -6,6 +6,7 @@ become inert. The storages are bytes, read when their tensor is wanted.
 """
 
 import math
+import pickletools
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,14 @@ class Strided:
 
 def recognised(start: bytes) -> bool:
     return start.startswith(b"PK\x03\x04")
+
+
+def recognised_legacy(start: bytes) -> bool:
+    """Whether a file starts with the magic number of the older format."""
+    if start[:1] != b"\x80":
+        return False
+    opcodes = pickletools.genops(start[2:])
+    return next(op[1] for op in opcodes if op[0].name != "FRAME") == MAGIC
 
 
 def read_archive(path: Path, entry: str | None) -> File:
