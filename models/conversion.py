@@ -11,13 +11,18 @@ import torch
 from torch import nn
 
 from nlkernels._spec import check_choice
+from nlkernels._systems import SYSTEMS as BLOCKS
 from nlkernels.models import blobs, files
 from nlkernels.models.convert import LoadReport, export_foreign, load_foreign
 from nlkernels.models.fitting import Fit, closest, fitting, without_values
-from nlkernels.models.registry import create_model
+from nlkernels.models.registry import create_model, list_models
 from nlkernels.models.systems import SYSTEMS
 from nlkernels.models.weights import NAME, OPTIONS, is_ours, open_weights, save_weights
+from nlkernels.models.zoo import SOURCES, describe
+from nlkernels.modules.base import NonLocalBlock
 
+# Source and licence of torchvision's weights of images.
+_IMAGES = ("github.com/pytorch/vision", "BSD-3-Clause")
 REWRITES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "affine": blobs.bn_to_affine,
     "batch": blobs.affine_to_bn,
@@ -111,9 +116,8 @@ def convert(
         model = _model(fit, state)
         report = load_foreign(model, state, system, new=new, inflate=inflate)
         lines += _report(report)
-        numbers = {f"source.{key}": value for key, value in file.metadata.items()}
-        known = {"system": report.system, "file": source.name, **numbers}
-        origin = Origin(file, known, report)
+        lines += _ambiguity(model, report)
+        origin = Origin(file, _known(source, file, fit, model, report), report)
     lines.append(_written(target, model, fit, to, origin))
     return "\n".join(lines)
 
@@ -243,6 +247,44 @@ def _report(report: LoadReport) -> list[str]:
     _, *details = str(report).splitlines()
     spoken = ", ".join(f"{len(keys)} {name}" for name, keys in counts)
     return [f"keys of {report.system}: {spoken}", *details]
+
+
+def _ambiguity(model: nn.Module, report: LoadReport) -> list[str]:
+    """What the weights leave open about blocks."""
+    kinds = _kinds(model)
+    preset = SYSTEMS[report.system].preset
+    if not kinds & {"softmax", "dot_product"} or preset is None:
+        return []
+    possible = {"softmax", "dot_product"} & set(BLOCKS[preset].kinds)
+    if len(possible) < 2:
+        return []
+    (kind,) = kinds
+    other = "dot_product" if kind == "softmax" else "softmax"
+    return [
+        f"  note: weights are the same for softmax and dot_product; taken as {kind}, "
+        f"--option block.kind={other} takes the other"
+    ]
+
+
+def _kinds(model: nn.Module) -> set[str]:
+    return {module.kind for module in model.modules() if isinstance(module, NonLocalBlock)}
+
+
+def _known(
+    source: Path, file: files.File, fit: Fit, model: nn.Module, report: LoadReport
+) -> dict[str, Any]:
+    """What is known of weights: where they are from, and how the published ones were tested."""
+    origin, licence = SOURCES.get(report.system, _IMAGES)
+    known = {"system": report.system, "file": source.name, "source": origin, "licence": licence}
+    results = describe(fit.name).results if fit.name in list_models(system=report.system) else ()
+    blocks, kinds = fit.options.get("blocks", 0), _kinds(model)
+    for result in results:
+        if result.blocks == blocks and (not kinds or result.kind in kinds):
+            top5 = "" if result.top5 is None else f", top-5 {result.top5}"
+            known["protocol"] = f"Kinetics-400: {result.protocol}"
+            known["published"] = f"top-1 {result.top1}{top5}"
+    known.setdefault("protocol", "none published for this network")
+    return known | {f"source.{key}": value for key, value in file.metadata.items()}
 
 
 class Origin(NamedTuple):

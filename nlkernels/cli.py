@@ -61,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     _add_convert(commands)
+    text = "list networks: parameters, multiply-adds, clips, published accuracy, source, licence"
+    models = commands.add_parser("models", help=text, description=text)
+    models.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="such as 'i3d*'")
+    models.add_argument("--debug", action="store_true", help="show tracebacks")
     _add_verify(commands)
     text = "show versions, devices, backends and settings"
     info = commands.add_parser("info", help=text, description=text)
@@ -151,6 +155,14 @@ def _convert(arguments: argparse.Namespace, command: str) -> int:
     return 0
 
 
+def _models(arguments: argparse.Namespace, command: str) -> int:
+    from nlkernels.models.listing import listing
+
+    for line in listing(arguments.pattern):
+        print(line, flush=True)
+    return 0
+
+
 def _info(arguments: argparse.Namespace, command: str) -> int:
     from nlkernels import info
 
@@ -202,6 +214,7 @@ _COMMANDS = {
     "train": _train,
     "compare": _compare,
     "convert": _convert,
+    "models": _models,
     "verify": _verify,
     "info": _info,
 }

@@ -70,11 +70,26 @@ def test_there_and_back(capsys, tmp_path, system):
     assert equal(model.state_dict(), network(system).state_dict())
     found = files.read(ours)
     assert found.metadata["system"] == system
+    assert all(found.metadata[key] for key in ("source", "licence", "protocol"))
     assert json.loads(found.metadata["options"])["blocks"] == blocks
     assert convert(ours, back, to=system).endswith(f"as {system} keeps them")
     assert equal(files.read(back).state, source.state)
     assert files.read(back).format == source.format
     assert files.read(back).entry == source.entry
+
+
+def test_what_is_known_of_published_weights_goes_with_them(tmp_path):
+    target, options = tmp_path / "m.safetensors", {"width": WIDTH}
+    out = convert(checkpoint(tmp_path, "caffe2"), target, name="i3d_r50_8x8", options=options)
+    assert "taken as softmax, --option block.kind=dot_product takes the other" in out
+    metadata = files.read(target).metadata
+    protocol = "10 clips x 3 crops of 256, softmax at 2 x 2 locations, probabilities averaged"
+    assert metadata["source"] == "github.com/facebookresearch/video-nonlocal-net"
+    assert metadata["licence"] == "CC-BY-NC-4.0"
+    assert metadata["protocol"] == f"Kinetics-400: {protocol}"
+    assert metadata["published"] == "top-1 74.7, top-5 91.6"
+    assert metadata["source.epoch"] == "7"
+    assert metadata["file"] == "caffe2.checkpoint"
 
 
 @pytest.mark.parametrize("system", NETWORKS)
