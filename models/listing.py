@@ -26,7 +26,7 @@ def listing(pattern: str = "*") -> Iterator[str]:
         >>> lines[0]
         'i3d_r50_8x8  i3d of caffe2; 8 frames, every 8th; 224 px, tested at 256'
         >>> lines[4]
-        '  5 softmax                   35.40M      36.24G      36.24G    74.7    91.6'
+        '  5 softmax                    35.40M      36.24G      36.24G    74.7    91.6'
     """
     names = list_models(pattern)
     if not names:
