@@ -6,6 +6,7 @@ become inert. The storages are bytes, read when their tensor is wanted.
 """
 
 import math
+import os
 import pickletools
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +38,8 @@ _DTYPES = {
 # Entries under which programs save the weights, the usual ones first.
 ENTRIES = ("state_dict", "model_state", "model_state_dict", "model", "net", "network")
 PREFIX = "module."
+# How many times the bytes of its file a state dict may take; shared weights are counted each time.
+MOST_UNFOLDED = 16
 
 
 @dataclass
@@ -124,7 +127,7 @@ def read_archive(path: Path, entry: str | None) -> File:
                 raise ValueError(f"{record.filename}, compressed, which torch.save never does")
         with archive.open(pickles[0]) as stream:
             root = load(stream, MAKERS, strict=False, persistent=outside)
-        return _file(root, entry)
+        return _file(root, entry, path.stat().st_size)
 
 
 def _text(archive: zipfile.ZipFile, name: str, names: Sequence[str]) -> str:
@@ -160,14 +163,14 @@ def read_legacy(stream: BinaryIO, entry: str | None) -> File:
         contents[key] = _exactly(stream, count * storages[key].dtype.itemsize)
     if contents.keys() != storages.keys():
         raise ValueError(f"{len(contents)} storages for {len(storages)}")
-    return _file(root, entry)
+    return _file(root, entry, stream.tell())
 
 
 def _exactly(stream: BinaryIO, size: int) -> bytes:
-    content = stream.read(size)
-    if len(content) != size:
-        raise ValueError(f"an end {size - len(content)} bytes before that of its numbers")
-    return content
+    left = os.fstat(stream.fileno()).st_size - stream.tell()
+    if left < size:
+        raise ValueError(f"an end {size - left} bytes before that of its numbers")
+    return stream.read(size)
 
 
 def _reference(reference: Any) -> tuple[torch.dtype, str, int]:
@@ -218,7 +221,7 @@ MAKERS: dict[Name, Callable[..., Any]] = {
 }
 
 
-def _file(root: Any, entry: str | None) -> File:
+def _file(root: Any, entry: str | None, size: int) -> File:
     """The weights of what was saved, and what stands beside them."""
     if isinstance(root, Inert):
         raise ValueError(f"a pickled {root.name}; save its state_dict() instead")
@@ -231,11 +234,20 @@ def _file(root: Any, entry: str | None) -> File:
         entry = next(name for name in ("", *ENTRIES, *found) if name in found)
     if entry not in found:
         raise ValueError(f"weights in {', '.join(map(repr, found))}, none in {entry!r}")
+    _check_size(found[entry], size)
     state = {key: value.tensor() for key, value in found[entry].items()}
     while all(key.startswith(PREFIX) for key in state):
         state = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
     others = tuple(name for name in found if name != entry)
     return File(state, dict(_metadata(root)), "torch", entry, others)
+
+
+def _check_size(state: Mapping[str, Strided | Array], size: int) -> None:
+    """Refuse what unfolds into far more than the file: expanded or repeated storages."""
+    tensors = [value for value in state.values() if isinstance(value, Strided)]
+    unfolded = sum(math.prod(each.shape) * each.dtype.itemsize for each in tensors)
+    if unfolded > MOST_UNFOLDED * size + 2**26:
+        raise ValueError(f"{unfolded} bytes of tensors in a file of {size}")
 
 
 def _states(root: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

@@ -275,6 +275,30 @@ def test_a_storage_of_more_numbers_than_the_file(tmp_path):
         files.read(path)
 
 
+@pytest.mark.parametrize("archive", [True, False], ids=["zip", "legacy"])
+def test_tensors_that_unfold_are_refused(tmp_path, archive):
+    path = tmp_path / "model.pth"
+    state = {"a": torch.ones(1).expand(2**36)}  # 256 GiB out of 4 bytes
+    torch.save(state, path, _use_new_zipfile_serialization=archive)
+    with pytest.raises(ValueError, match=f"{2**38} bytes of tensors in a file of"):
+        files.read(path)
+    shared = torch.ones(2**18)
+    torch.save({str(i): shared for i in range(200)}, path)
+    with pytest.raises(ValueError, match=f"{200 * 2**20} bytes of tensors in a file of"):
+        files.read(path)
+
+
+def test_a_storage_that_ends_behind_its_file(tmp_path):
+    path = tmp_path / "model.pth"
+    stream = io.BytesIO()
+    torch.save({"a": torch.ones(9)}, stream, _use_new_zipfile_serialization=False)
+    many = struct.pack("<q", 2**40)
+    content = stream.getvalue().replace(struct.pack("<q", 9), many)
+    path.write_bytes(content.replace(b"K\tNtq", b"\x8a\x06" + many[:6] + b"Ntq"))
+    with pytest.raises(ValueError, match="an end 4398046511068 bytes before that of its numbers"):
+        files.read(path)
+
+
 def test_missing_files_and_folders(tmp_path):
     for path in (tmp_path / "none.pth", tmp_path):
         with pytest.raises(FileNotFoundError, match=r"expected a checkpoint, got .*; check the"):
