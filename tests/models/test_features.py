@@ -31,7 +31,7 @@ EVERY = [
 SOME = [pytest.param(name, marks=() if name == "c2d_tiny" else pytest.mark.gate) for name in FAST]
 
 
-def small(name, size=None):
+def small(name):
     """A narrow network whose blocks change their input, and a clip for it."""
     torch.manual_seed(0)
     block = {"kind": KINDS[name]} if name in KINDS else {}
@@ -45,7 +45,7 @@ def small(name, size=None):
     )
     channels = getattr(getattr(model, "design", None), "in_channels", 3)
     frames = max(4, getattr(model, "min_frames", 1))
-    size = size or (64 if registered(name).family == "inception" else 32)
+    size = 64 if registered(name).family == "inception" else 32
     return model, torch.randn(2, channels, frames, size, size + 8)
 
 
@@ -80,13 +80,13 @@ def test_channels_last(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_autocast_trains(name):
-    # oneDNN's bfloat16 gradient of a 3x1x1 kernel is wrong on maps of a few pixels: the last one
-    # is of 7 x 7 here.
-    model, clip = small(name, size=216)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(clip)
-        loss = F.cross_entropy(logits.float(), torch.tensor([0, 4]))
-    loss.backward()
+    model, clip = small(name)
+    # oneDNN's bfloat16 gradients of 3x1x1 kernels are wrong on maps of a few pixels (torch 2.13).
+    with torch.backends.mkldnn.flags(enabled=False):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(clip)
+            loss = F.cross_entropy(logits.float(), torch.tensor([0, 4]))
+        loss.backward()
     trained = [each for each in model.parameters() if each.requires_grad]
     assert all(each.grad is not None and each.grad.isfinite().all() for each in trained)
     assert all(each.grad.dtype == torch.float32 for each in trained)

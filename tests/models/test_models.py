@@ -53,7 +53,7 @@ def a_clip(model, dtype=torch.float32):
     inception = isinstance(model, InceptionI3D)
     channels = getattr(getattr(model, "design", None), "in_channels", 3)
     frames = max(4, getattr(model, "min_frames", 1))
-    sizes = (8, 64, 72) if inception else (frames, 32, 40)
+    sizes = (8, 64, 72) if inception else (frames, 48, 56)
     return torch.randn(2, channels, *sizes, dtype=dtype)
 
 
@@ -101,7 +101,11 @@ def test_every_parameter_receives_a_gradient(name, blocks, variant):
             assert largest < 1e-14, key
         else:
             assert largest > 1e-8, key
-    assert clip.grad.abs().amax(dim=(0, 1, 3, 4)).min() > 0
+    seen = clip.grad.abs().amax(dim=(0, 1, 3, 4))
+    design = getattr(model, "design", None)
+    if getattr(design, "stem_kernel_t", 3) == 1:  # its stride in time passes frames over
+        seen = seen[:: design.stem_stride_t]
+    assert seen.min() > 0
 
 
 @pytest.mark.parametrize(("name", "blocks", "variant"), CASES)
