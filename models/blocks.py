@@ -5,15 +5,16 @@ checkpoint keys read `<layer>.nl.<parameter>` in every model.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from nlkernels._spec import nearest
 from nlkernels.modules import NonLocalBlock3d
-from nlkernels.modules.options import BlockOptions
+from nlkernels.modules.options import REGION_KINDS, BlockOptions
 from nlkernels.modules.presets import preset_options
 
 VARIANTS = ("nonlocal", "local")
@@ -33,8 +34,10 @@ def scaled(channels: int, width: float) -> int:
     return max(8, 8 * math.floor(channels * width / 8 + 0.5))
 
 
-def check_clip(where: str, clip: torch.Tensor, *, min_frames: int, min_size: int) -> None:
-    """Raise before any work if the clip is not a float (B, 3, T, H, W) that is large enough.
+def check_clip(
+    where: str, clip: torch.Tensor, *, min_frames: int, min_size: int, channels: int = 3
+) -> None:
+    """Raise before any work if the clip is not a float (B, C, T, H, W) that is large enough.
 
     Raises:
         TypeError: not a tensor, or not of a floating-point dtype.
@@ -45,9 +48,10 @@ def check_clip(where: str, clip: torch.Tensor, *, min_frames: int, min_size: int
         raise TypeError(
             f"{where}: expected a floating-point clip, got {got}; normalise the frames first"
         )
-    if clip.dim() != 5 or clip.shape[1] != 3:
+    if clip.dim() != 5 or clip.shape[1] != channels:
         raise ValueError(
-            f"{where}: expected a clip of shape (B, 3, T, H, W), got {tuple(clip.shape)}; "
+            f"{where}: expected a clip of shape (B, {channels}, T, H, W), "
+            f"got {tuple(clip.shape)}; "
             "put the colour channels second and the frames third"
         )
     if clip.shape[2] < min_frames or min(clip.shape[3:]) < min_size:
@@ -58,10 +62,10 @@ def check_clip(where: str, clip: torch.Tensor, *, min_frames: int, min_size: int
 
 
 class Bottleneck(nn.Module):
-    """Residual bottleneck of a video ResNet, with room for a block behind it.
+    """Residual bottleneck of a video ResNet, with room for a gate and a block behind it.
 
     `conv1` (kt x 1 x 1), `conv2` (1 x 3 x 3, which has the spatial stride) and `conv3` (1 x 1 x 1),
-    each with a batch norm; ReLU after the sum with the shortcut; then `nl` where present.
+    each with a norm; ReLU after the sum with the shortcut; then `gate` and `nl` where present.
 
     Args:
         in_channels: channels of the input.
@@ -69,7 +73,10 @@ class Bottleneck(nn.Module):
         out_channels: channels of the output.
         kernel_t: temporal kernel of `conv1`, odd; 1 looks at single frames.
         stride: spatial stride.
-        norm_eps: epsilon of the batch norms.
+        norm: makes the norm of a number of channels.
+        shift: channels of the input that come from the next frame, and as many from the one before;
+            0 shifts nothing.
+        shift_shortcut: the shortcut sees the shifted input, too.
     """
 
     def __init__(
@@ -80,34 +87,74 @@ class Bottleneck(nn.Module):
         *,
         kernel_t: int,
         stride: int,
-        norm_eps: float,
+        norm: Callable[[int], nn.Module],
+        shift: int = 0,
+        shift_shortcut: bool = False,
     ) -> None:
         super().__init__()
+        self.shift, self.shift_shortcut = shift, shift_shortcut
         self.conv1 = nn.Conv3d(
             in_channels, inner, (kernel_t, 1, 1), padding=(kernel_t // 2, 0, 0), bias=False
         )
-        self.bn1 = nn.BatchNorm3d(inner, eps=norm_eps)
+        self.bn1 = norm(inner)
         self.conv2 = nn.Conv3d(
             inner, inner, (1, 3, 3), stride=(1, stride, stride), padding=(0, 1, 1), bias=False
         )
-        self.bn2 = nn.BatchNorm3d(inner, eps=norm_eps)
+        self.bn2 = norm(inner)
         self.conv3 = nn.Conv3d(inner, out_channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm3d(out_channels, eps=norm_eps)
+        self.bn3 = norm(out_channels)
         self.relu = nn.ReLU(inplace=True)
         self.downsample: nn.Module | None = None
         if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential(
                 nn.Conv3d(in_channels, out_channels, 1, stride=(1, stride, stride), bias=False),
-                nn.BatchNorm3d(out_channels, eps=norm_eps),
+                norm(out_channels),
             )
+        self.gate: nn.Module | None = None
         self.nl: nn.Module | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        y = self.relu(self.bn1(self.conv1(x)))
+        shifted = temporal_shift(x, self.shift) if self.shift else x
+        shortcut = shifted if self.shift_shortcut else x
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        y = self.relu(self.bn1(self.conv1(shifted)))
         y = self.relu(self.bn2(self.conv2(y)))
         y = self.relu(self.bn3(self.conv3(y)) + shortcut)
+        y = y if self.gate is None else self.gate(y)
         return y if self.nl is None else self.nl(y)
+
+    def extra_repr(self) -> str:
+        return f"shift={self.shift}" if self.shift else ""
+
+
+def temporal_shift(x: torch.Tensor, fold: int) -> torch.Tensor:
+    """Exchange channels between neighbouring frames.
+
+    Args:
+        x: (B, C, T, H, W), any dtype.
+        fold: the first `fold` channels come from the next frame, the second `fold` from the frame
+            before; at the ends of the clip they are 0. At most C // 2.
+
+    Returns:
+        A new tensor of the shape of x.
+
+    Example:
+        >>> import torch
+        >>> from nlkernels.models.blocks import temporal_shift
+        >>> temporal_shift(torch.tensor([1.0, 2, 3]).view(1, 1, 3, 1, 1).expand(1, 3, 3, 1, 1), 1)[
+        ...     0, :, :, 0, 0
+        ... ]
+        tensor([[2., 3., 0.],
+                [0., 1., 2.],
+                [1., 2., 3.]])
+
+    Source:
+        mit-han-lab/temporal-shift-module: ops/temporal_shift.py.
+    """
+    following = F.pad(x[:, :fold, 1:], (0, 0, 0, 0, 0, 1))
+    previous = F.pad(x[:, fold : 2 * fold, :-1], (0, 0, 0, 0, 1, 0))
+    return torch.cat((following, previous, x[:, 2 * fold :]), dim=1)
 
 
 class LocalBlock3d(nn.Module):
@@ -187,9 +234,7 @@ def _local_widths(dim: int, parameters: int) -> tuple[int, int]:
 
 
 def check_block_options(
-    where: str,
-    options: Mapping[str, Any] | None,
-    defaults: Mapping[str, Any] | None = None,
+    where: str, options: Mapping[str, Any] | None, preset: str | None = None
 ) -> dict[str, Any]:
     """Options of an inserted block as a new dictionary that includes "variant".
 
@@ -197,7 +242,7 @@ def check_block_options(
         where: name for the error messages.
         options: keyword arguments of `NonLocalBlock3d` (without `dim`), "variant", and "preset": a
             published system's options, which the others replace; or None.
-        defaults: options that hold where neither `options` nor a preset says otherwise.
+        preset: the preset where `options` names none; None for the block's own defaults.
 
     Returns:
         The options, "preset" replaced by what it stands for.
@@ -226,11 +271,29 @@ def check_block_options(
             f"got {variant!r}{nearest(variant, VARIANTS)}"
         )
     arguments = {key: given[key] for key in given if key not in ("variant", "preset")}
-    if "preset" in given:
-        arguments = preset_options(given["preset"], NonLocalBlock3d.dims, arguments)
-    else:
-        arguments = {**(defaults or {}), **arguments}
+    preset = given.get("preset", preset)
+    if preset is not None:
+        arguments = preset_options(preset, NonLocalBlock3d.dims, arguments)
     return {**arguments, "variant": variant}
+
+
+def for_layer(
+    options: Mapping[str, Any], given: Mapping[str, Any] | None, own: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Options of a block behind one layer.
+
+    Args:
+        options: what `check_block_options` returned.
+        given: what the caller asked for, which wins.
+        own: what the design has behind this layer; a region's kernel only for kinds with regions.
+    """
+    regional = options.get("kind") in REGION_KINDS
+    added = {
+        key: own[key]
+        for key in own
+        if key not in (given or {}) and (regional or key != "region_kernel")
+    }
+    return {**options, **added}
 
 
 def check_block_count(where: str, blocks: int, counts: Collection[int]) -> None:

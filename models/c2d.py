@@ -13,10 +13,15 @@ from nlkernels.models.blocks import (
     insert_blocks,
     scaled,
 )
+from nlkernels.models.checkpointing import run
+from nlkernels.models.recipes import (
+    CAFFE2_SETTINGS,
+    MMACTION,
+    PYTORCHVIDEO,
+    SLOWFAST,
+    register_resnet,
+)
 from nlkernels.models.registry import register_model
-from nlkernels.models.resnet import VideoResNet
-
-R50_KERNELS_T = ((1,) * 3, (1,) * 4, (1,) * 6, (1,) * 3)
 
 # Channels and spatial stride of the layers of C2DTiny.
 TINY_LAYERS = ((16, 2), (32, 2), (32, 1), (64, 2), (64, 1), (128, 1))
@@ -26,30 +31,19 @@ TINY_LAYERS = ((16, 2), (32, 2), (32, 1), (64, 2), (64, 1), (128, 1))
 TINY_BLOCK_PLACES: dict[int, tuple[int, ...]] = {0: (), 1: (4,), 2: (3, 4)}
 
 
-@register_model
-def c2d_r50_8x8(
-    *,
-    num_classes: int,
-    width: float = 1.0,
-    blocks: int = 0,
-    block: Mapping[str, Any] | None = None,
-    dropout: float = 0.5,
-) -> VideoResNet:
-    """C2D ResNet-50, 8 frames with a stride of 8: 24.3 M parameters, 31.7 M with 5 blocks.
+# The original's, and PySlowFast's and pytorchvideo's with a padded stem, of 8 frames.
+for _depth in (50, 101):
+    for _setting, _design in CAFFE2_SETTINGS:
+        register_resnet(f"c2d_r{_depth}_{_setting}", "c2d", depth=_depth, **_design)
+register_resnet("slowfast_c2d_r50_8x8", "c2d", window=(4, 7, 7), **SLOWFAST)
+register_resnet("slowfast_c2d_nopool_r50_8x8", "c2d", window=(8, 7, 7), pool2=0, **SLOWFAST)
+register_resnet("pytorchvideo_c2d_r50_8x8", "c2d", window=(4, 7, 7), **PYTORCHVIDEO)
 
-    Frames meet in the 2 x 1 x 1 max pool behind the first stage, in the blocks and in the head.
-    Arguments as in `VideoResNet`; the dropout is that of the published recipe.
-    """
-    return VideoResNet(
-        "c2d_r50_8x8",
-        stem_kernel_t=1,
-        kernels_t=R50_KERNELS_T,
-        num_classes=num_classes,
-        width=width,
-        blocks=blocks,
-        block=block,
-        dropout=dropout,
-    )
+# mmaction2's: frames through a 2-D ResNet, with the temporal pool of the original or without any.
+register_resnet("mmaction_c2d_r50_8x8", "c2d", pool1_padding=0, **MMACTION)
+register_resnet("mmaction_c2d_r50_16x4", "c2d", pool1_padding=0, **MMACTION)
+for _depth in (50, 101):
+    register_resnet(f"mmaction_c2d_nopool_r{_depth}_8x8", "c2d", depth=_depth, pool2=0, **MMACTION)
 
 
 @register_model
@@ -60,10 +54,16 @@ def c2d_tiny(
     blocks: int = 0,
     block: Mapping[str, Any] | None = None,
     dropout: float = 0.0,
+    checkpointing: bool = False,
 ) -> "C2DTiny":
     """Six-layer C2D for clips of about 8 x 48 x 48. Arguments as in `C2DTiny`."""
     return C2DTiny(
-        num_classes=num_classes, width=width, blocks=blocks, block=block, dropout=dropout
+        num_classes=num_classes,
+        width=width,
+        blocks=blocks,
+        block=block,
+        dropout=dropout,
+        checkpointing=checkpointing,
     )
 
 
@@ -83,6 +83,7 @@ class C2DTiny(nn.Module):
         block: options of `NonLocalBlock3d`, "variant" ("nonlocal" or "local") and "preset" (a
             published system's options).
         dropout: probability in front of the classifier, in training mode.
+        checkpointing: keep no activations inside layers for the backward.
 
     Raises:
         TypeError: width or block of the wrong type, unknown block option.
@@ -97,10 +98,12 @@ class C2DTiny(nn.Module):
         blocks: int,
         block: Mapping[str, Any] | None,
         dropout: float,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check_block_count("c2d_tiny", blocks, TINY_BLOCK_PLACES)
         options = check_block_options("c2d_tiny", block)
+        self.checkpointing = checkpointing
         outputs = [scaled(channels, width) for channels, _ in TINY_LAYERS]
         inputs = [3, *outputs[:-1]]
         strides = [stride for _, stride in TINY_LAYERS]
@@ -127,7 +130,7 @@ class C2DTiny(nn.Module):
             ValueError: clip has a wrong shape or is too small.
         """
         check_clip("c2d_tiny", clip, min_frames=1, min_size=16)
-        pooled = self.layers(clip).mean(dim=(2, 3, 4))
+        pooled = run(self.layers, clip, self.checkpointing).mean(dim=(2, 3, 4))
         return self.fc(self.dropout(pooled))
 
 

@@ -1,36 +1,48 @@
 """I3D: ResNets in which every other bottleneck sees three frames."""
 
-from collections.abc import Mapping
-from typing import Any
+from nlkernels.models.places import SLOWFAST101_PLACES
+from nlkernels.models.recipes import (
+    CAFFE2_SETTINGS,
+    I3D,
+    MMACTION,
+    PYTORCHVIDEO,
+    SLOWFAST,
+    STRIDED,
+    register_resnet,
+)
 
-from nlkernels.models.registry import register_model
-from nlkernels.models.resnet import VideoResNet
+# The original's, and a port of its 32x2 setting with another head and epsilon.
+for _depth in (50, 101):
+    for _setting, _design in CAFFE2_SETTINGS:
+        register_resnet(f"i3d_r{_depth}_{_setting}", "i3d", depth=_depth, **I3D, **_design)
+register_resnet(
+    "tushar_i3d_r50_32x2",
+    "i3d",
+    system="tushar",
+    preset="tushar",
+    pool1_padding=0,
+    **I3D,
+    **STRIDED,
+)
 
-# Temporal kernel of the first convolution of each bottleneck of res2 to res5.
-I3D_R50_KERNELS_T = ((3, 3, 3), (3, 1, 3, 1), (3, 1, 3, 1, 3, 1), (1, 3, 1))
+register_resnet("slowfast_i3d_r50_8x8", "i3d", window=(4, 7, 7), **I3D, **SLOWFAST)
+register_resnet(
+    "slowfast_i3d_r101_8x8",
+    "i3d",
+    depth=101,
+    places=SLOWFAST101_PLACES,
+    window=(4, 7, 7),
+    **I3D,
+    **SLOWFAST,
+)
+register_resnet("pytorchvideo_i3d_r50_8x8", "i3d", window=(4, 7, 7), **I3D, **PYTORCHVIDEO)
 
-
-@register_model
-def i3d_r50_8x8(
-    *,
-    num_classes: int,
-    width: float = 1.0,
-    blocks: int = 0,
-    block: Mapping[str, Any] | None = None,
-    dropout: float = 0.5,
-) -> VideoResNet:
-    """I3D ResNet-50, 8 frames with a stride of 8: 28.0 M parameters, 35.4 M with 5 blocks.
-
-    The stem has a 5 x 7 x 7 kernel; nine bottlenecks start with a 3 x 1 x 1 convolution. Arguments
-    as in `VideoResNet`; the dropout is that of the published recipe.
-    """
-    return VideoResNet(
-        "i3d_r50_8x8",
-        stem_kernel_t=5,
-        kernels_t=I3D_R50_KERNELS_T,
-        num_classes=num_classes,
-        width=width,
-        blocks=blocks,
-        block=block,
-        dropout=dropout,
-    )
+# mmaction2's pools look at every frame and skip every other one. "Heavy" inflates all bottlenecks.
+register_resnet(
+    "mmaction_i3d_r50_32x2", "i3d", stem_stride_t=2, pool1_stride_t=2, **I3D, **MMACTION
+)
+register_resnet(
+    "mmaction_i3d_heavy_r50_8x8", "i3d", stem_kernel_t=5, inflated=((1,),) * 4, **MMACTION
+)
+# The MindSpore port starts without any temporal stride.
+register_resnet("mindspore_i3d_r50_32", "i3d", system="mindspore", preset="mindspore", **I3D)

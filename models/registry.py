@@ -2,56 +2,129 @@
 
 import fnmatch
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from nlkernels._spec import nearest
+from nlkernels._spec import check_choice, nearest
 
-_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+FAMILIES = ("c2d", "i3d", "slowonly", "tsm", "inception")
+
+
+class Registered(NamedTuple):
+    """What the registry knows of a model.
+
+    Attributes:
+        builder: keyword arguments -> module.
+        options: names of the options that the builder takes besides `num_classes` and `width`.
+        family: the architecture, one of `FAMILIES`.
+        design: what distinguishes a published network; None for our own.
+    """
+
+    builder: Callable[..., nn.Module]
+    options: tuple[str, ...]
+    family: str
+    design: Any = None
+
+    @property
+    def system(self) -> str | None:
+        """Whose network it is, a key layout of `nlkernels.models.systems`; None for our own."""
+        return None if self.design is None else self.design.system
+
+
+_MODELS: dict[str, Registered] = {}
 
 # Parameters of every builder that `create_model` takes by name.
 _COMMON = ("num_classes", "width")
 
 
-def register_model(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Register a builder under its function name; meant as a decorator.
+def register_model(
+    builder: Callable[..., nn.Module],
+    *,
+    name: str | None = None,
+    options: Sequence[str] | None = None,
+    family: str = "c2d",
+    design: Any = None,
+) -> Callable[..., nn.Module]:
+    """Register a builder under a name; as a decorator, under its function name.
 
     Args:
         builder: function whose parameters are all keyword-only, `num_classes` and `width` among
             them. Every other parameter is an option of the model and has a default.
+        name: None for the function's own.
+        options: names of its options; None for those in its signature.
+        family: the architecture, one of `FAMILIES`.
+        design: what distinguishes a published network, `system` among it.
 
     Returns:
         The builder, unchanged.
 
     Raises:
-        ValueError: another builder has this name already.
+        ValueError: another builder has this name already, or an unknown family.
     """
-    name = builder.__name__
-    if name in _BUILDERS:
+    name = builder.__name__ if name is None else name
+    check_choice("register_model", "family", family, FAMILIES)
+    if name in _MODELS:
         raise ValueError(
             f"register_model: expected a new name, got {name!r} again; rename one of the builders"
         )
-    _BUILDERS[name] = builder
+    if options is None:
+        options = [key for key in inspect.signature(builder).parameters if key not in _COMMON]
+    _MODELS[name] = Registered(builder, tuple(options), family, design)
     return builder
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Names of the registered models that match a shell pattern, sorted.
+def list_models(
+    pattern: str = "*", *, family: str | None = None, system: str | None = None
+) -> list[str]:
+    """Names of the registered models that match all filters, sorted.
 
     Args:
         pattern: shell-style pattern, such as "i3d*".
+        family: "c2d", "i3d", "slowonly", "tsm" or "inception"; None for any.
+        system: whose network, such as "caffe2" or "mmaction"; None for any.
 
     Returns:
         Sorted names; empty when nothing matches.
 
+    Raises:
+        ValueError: unknown family or system.
+
     Example:
         >>> from nlkernels.models import list_models
-        >>> list_models("*_r50_8x8")
-        ['c2d_r50_8x8', 'i3d_r50_8x8']
+        >>> list_models("*_8x8", system="caffe2", family="i3d")
+        ['i3d_r101_8x8', 'i3d_r50_8x8']
     """
-    return sorted(fnmatch.filter(_BUILDERS, pattern))
+    if family is not None:
+        check_choice("list_models", "family", family, FAMILIES)
+    if system is not None:
+        systems = dict.fromkeys(model.system for model in _MODELS.values() if model.system)
+        check_choice("list_models", "system", system, tuple(systems))
+    return sorted(
+        name
+        for name in fnmatch.filter(_MODELS, pattern)
+        if family in (None, _MODELS[name].family) and system in (None, _MODELS[name].system)
+    )
+
+
+def registered(name: str, where: str = "registered") -> Registered:
+    """What the registry knows of a model.
+
+    Raises:
+        TypeError: name is no str.
+        ValueError: unknown name.
+    """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"{where}: expected the name of a model, got {name!r}; pass one of list_models()"
+        )
+    if name not in _MODELS:
+        raise ValueError(
+            f"{where}: expected one of the {len(_MODELS)} names of list_models(), "
+            f"got {name!r}{nearest(name, _MODELS)}"
+        )
+    return _MODELS[name]
 
 
 def create_model(name: str, *, num_classes: int, width: float = 1.0, **options: Any) -> nn.Module:
@@ -65,8 +138,10 @@ def create_model(name: str, *, num_classes: int, width: float = 1.0, **options: 
         num_classes: number of classes, the length of a row of logits.
         width: multiplier of every channel count; the products are rounded to multiples of 8.
         **options: options of that model, the keyword arguments of its builder. All models have
-            `blocks` (how many), `block` (options of `NonLocalBlock3d`, "variant", "preset") and
-            `dropout` (probability in front of the classifier).
+            `blocks` (how many), `block` (options of `NonLocalBlock3d`, "variant", "preset"),
+            `dropout` (probability in front of the classifier) and `checkpointing` (compute
+            activations again in the backward instead of keeping them). What tells a system's
+            network from another's, as `pool1_padding`, is an option as well.
 
     Returns:
         Module in training mode: float clips (B, 3, T, H, W) -> logits (B, num_classes).
@@ -82,16 +157,7 @@ def create_model(name: str, *, num_classes: int, width: float = 1.0, **options: 
         >>> model(torch.zeros(1, 3, 8, 48, 48)).shape
         torch.Size([1, 2])
     """
-    if not isinstance(name, str):
-        raise TypeError(
-            f"create_model: expected the name of a model, got {name!r}; "
-            f"pass one of {', '.join(list_models())}"
-        )
-    if name not in _BUILDERS:
-        raise ValueError(
-            f"create_model: expected one of {', '.join(list_models())}, got {name!r}"
-            f"{nearest(name, _BUILDERS)}"
-        )
+    model = registered(name, "create_model")
     if isinstance(num_classes, bool) or not isinstance(num_classes, int):
         raise TypeError(
             f"create_model: expected num_classes to be an int, got {num_classes!r}; "
@@ -102,13 +168,11 @@ def create_model(name: str, *, num_classes: int, width: float = 1.0, **options: 
             f"create_model: expected num_classes >= 1, got {num_classes}; "
             "pass the number of classes"
         )
-    builder = _BUILDERS[name]
-    known = [key for key in inspect.signature(builder).parameters if key not in _COMMON]
     for option in options:
-        if option not in known:
+        if option not in model.options:
             raise TypeError(
-                f"create_model: expected options of {name} among {', '.join(known)}, "
-                f"got {option!r}{nearest(option, known)}"
+                f"create_model: expected options of {name} among {', '.join(model.options)}, "
+                f"got {option!r}{nearest(option, model.options)}"
             )
     dropout = options.get("dropout", 0.0)
     if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
@@ -116,4 +180,4 @@ def create_model(name: str, *, num_classes: int, width: float = 1.0, **options: 
             f"create_model: expected dropout to be a number from 0 to 1, got {dropout!r}; "
             "it is the probability of dropping a feature"
         )
-    return builder(num_classes=num_classes, width=width, **options)
+    return model.builder(num_classes=num_classes, width=width, **options)

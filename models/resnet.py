@@ -1,6 +1,7 @@
-"""One 3-D ResNet-50 for the C2D and I3D models of the Caffe2 original, 8 x 8 setting.
+"""One 3-D ResNet for the C2D, I3D, SlowOnly and TSM models of every system.
 
-The models differ in temporal kernel sizes only. For 8 frames of 224 x 224 pixels:
+The models differ in what `nlkernels.models.design.ResNetDesign` names. For the original's 8 x 8
+setting and frames of 224 x 224 pixels:
 
     stem    kt x 7 x 7 convolution, stride (1, 2, 2), batch norm, ReLU    8 x 112 x 112
             max pool 1 x 3 x 3, stride (1, 2, 2), without padding         8 x 55 x 55
@@ -12,10 +13,8 @@ The models differ in temporal kernel sizes only. For 8 frames of 224 x 224 pixel
     head    average pool, dropout, linear classifier
 
 Names of modules: `conv1`, `bn1`, `layer{1..4}.{i}.conv{1,2,3}`, `.bn{1,2,3}`, `.downsample.{0,1}`,
-`.nl` (the block behind bottleneck i, with `theta`, `phi`, `g`, `out`, `norm`) and `fc`. Blob names
-of the original map onto them one to one: `res{n+1}_{i}_branch2{a,b,c}` is
-`layer{n}.{i}.conv{1,2,3}`, `res{n+1}_{i}_branch1` is `layer{n}.{i}.downsample`,
-`nonlocal_conv{n+1}_{i}` is `layer{n}.{i}.nl` and `pred` is `fc`.
+`.gate` and `.nl` (the gate and the block behind bottleneck i) and `fc`. `nlkernels.models.systems`
+maps them onto the names of every published checkpoint.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,129 +26,163 @@ from torch.nn import functional as F
 
 from nlkernels.models.blocks import (
     Bottleneck,
-    check_block_count,
     check_block_options,
     check_clip,
+    for_layer,
     insert_blocks,
     scaled,
 )
+from nlkernels.models.checkpointing import run
+from nlkernels.models.design import (
+    CAFFE2_EPS,
+    Place,
+    ResNetDesign,
+    check_design,
+    chosen_places,
+)
+from nlkernels.models.places import RESNET50_PLACES
+from nlkernels.modules import ChannelGate
 
-# The epsilon of the Caffe2 original, for the backbone and for its non-local blocks.
-NORM_EPS = 1.0000001e-5
-
-# (layer, bottleneck) that a block follows, by the number of blocks. The original places 5 behind
-# every second bottleneck of layer2 and layer3 (its LAYER_MOD is 2), and 10 behind every one (1).
-BLOCK_PLACES: dict[int, tuple[tuple[int, int], ...]] = {
-    0: (),
-    1: ((3, 4),),
-    5: ((2, 1), (2, 3), (3, 1), (3, 3), (3, 5)),
-    10: (*((2, index) for index in range(4)), *((3, index) for index in range(6))),
-}
+# The epsilon and the places of the original, under the names they are imported by.
+NORM_EPS = CAFFE2_EPS
+BLOCK_PLACES = RESNET50_PLACES
 
 
 class VideoResNet(nn.Module):
-    """Video ResNet-50 with optional non-local blocks.
+    """Video ResNet-50 or -101 with optional non-local blocks.
 
-    Initialisation follows the original: He normal over the fan-out for convolutions, zero for the
-    last batch norm of each bottleneck, N(0, 0.01^2) for the classifier. Blocks are created last, so
-    equal seeds give equal backbones with and without them.
+    Initialisation follows the original: He normal over the fan-out for convolutions, a normal for
+    the classifier, and zero for the last batch norm of each bottleneck where the design says so.
+    Blocks are created last, so equal seeds give equal backbones with and without them. Affine norms
+    start at 1 and are not trained: such a network is meant to start from converted weights.
 
     Args:
         name: name of the model in error messages.
-        stem_kernel_t: temporal kernel of the first convolution, odd.
-        kernels_t: temporal kernel of `conv1` of every bottleneck, one sequence per layer; their
-            lengths are the depths of the layers.
+        design: everything that differs between published networks.
         num_classes: number of classes.
         width: multiplier of the channel counts.
-        blocks: number of non-local blocks: 0, 1 (behind the fifth bottleneck of layer3), 5 (behind
-            every second bottleneck of layer2 and layer3) or 10 (behind each of them).
+        blocks: number of non-local blocks, one that `design.places` has (0, 1, 5 or 10 in the
+            original), or (layer, index) pairs of the bottlenecks that blocks follow.
         block: options of `NonLocalBlock3d`, "variant" ("nonlocal" or "local") and "preset" (a
-            published system's options). Without a preset, `norm_eps` is that of the original.
+            published system's options). Without a preset, the design's holds.
         dropout: probability in front of the classifier, in training mode.
+        checkpointing: keep no activations inside bottlenecks for the backward, which computes them
+            again.
+
+    Attributes:
+        design: as given.
+        checkpointing: as given; may be changed at any time.
 
     Raises:
         TypeError: width or block of the wrong type, unknown block option.
-        ValueError: width, blocks, variant, preset or dropout out of range.
+        ValueError: width, blocks, variant, preset, dropout or the design out of range.
     """
 
     def __init__(
         self,
         name: str,
+        design: ResNetDesign,
         *,
-        stem_kernel_t: int,
-        kernels_t: Sequence[Sequence[int]],
         num_classes: int,
-        width: float,
-        blocks: int,
-        block: Mapping[str, Any] | None,
-        dropout: float,
+        width: float = 1.0,
+        blocks: int | Sequence[Place] = 0,
+        block: Mapping[str, Any] | None = None,
+        dropout: float = 0.5,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_block_count(name, blocks, BLOCK_PLACES)
-        options = check_block_options(name, block, {"norm_eps": NORM_EPS})
-        self.name = name
+        check_design(name, design)
+        places = chosen_places(name, design, blocks)
+        options = check_block_options(name, block, preset=design.preset)
+        self.name, self.design, self.checkpointing = name, design, checkpointing
         channels = scaled(64, width)
         self.conv1 = nn.Conv3d(
-            3,
+            design.in_channels,
             channels,
-            (stem_kernel_t, 7, 7),
-            stride=(1, 2, 2),
-            padding=(stem_kernel_t // 2, 3, 3),
+            (design.stem_kernel_t, 7, 7),
+            stride=(design.stem_stride_t, 2, 2),
+            padding=(design.stem_kernel_t // 2, 3, 3),
             bias=False,
         )
-        self.bn1 = nn.BatchNorm3d(channels, eps=NORM_EPS)
+        self.bn1 = design.make_norm(channels)
         self.relu = nn.ReLU(inplace=True)
-        self.pool1 = nn.MaxPool3d((1, 3, 3), stride=(1, 2, 2))
-        self.pool2 = nn.MaxPool3d((2, 1, 1), stride=(2, 1, 1))
-        out_channels = []
-        for index, layer_kernels_t in enumerate(kernels_t):
+        padding = design.pool1_padding
+        self.pool1 = nn.MaxPool3d(
+            (design.pool1_kernel_t, 3, 3), (design.pool1_stride_t, 2, 2), (0, padding, padding)
+        )
+        self.pool2: nn.Module | None = None
+        if design.pool2:
+            self.pool2 = nn.MaxPool3d((design.pool2, 1, 1), (2, 1, 1), (design.pool2 // 3, 0, 0))
+        for index in range(4):
             inner = scaled(64 * 2**index, width)
-            layer = _bottlenecks(channels, inner, layer_kernels_t, stride=1 if index == 0 else 2)
+            layer = _bottlenecks(design, index, channels, inner)
             channels = 4 * inner
-            out_channels.append(channels)
             self.add_module(f"layer{index + 1}", layer)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(channels, num_classes)
         self._initialise()
-        insert_blocks(
-            (
-                (self.get_submodule(f"layer{layer}.{index}"), out_channels[layer - 1])
-                for layer, index in BLOCK_PLACES[blocks]
-            ),
-            options,
-        )
+        for layer, index in places:
+            own = for_layer(options, block, design.layer_block.get(layer, {}))
+            unit = self.bottleneck(layer, index)
+            insert_blocks([(unit, unit.conv3.out_channels)], own)
+        for layer, index in design.gates if places else ():
+            unit = self.bottleneck(layer, index)
+            unit.gate = ChannelGate(unit.conv3.out_channels)
+
+    def bottleneck(self, layer: int, index: int) -> Bottleneck:
+        """The bottleneck at an index of layer1 to layer4."""
+        return self.get_submodule(f"layer{layer}.{index}")
 
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, Bottleneck):
+            elif isinstance(module, Bottleneck) and self.design.zero_init:
                 nn.init.zeros_(module.bn3.weight)
-        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.normal_(self.fc.weight, std=self.design.fc_std)
         nn.init.zeros_(self.fc.bias)
+
+    @property
+    def min_frames(self) -> int:
+        """Fewest frames of a clip."""
+        design = self.design
+        behind_pool1 = 2 if design.pool2 == 2 else 1
+        behind_stem = design.pool1_kernel_t + design.pool1_stride_t * (behind_pool1 - 1)
+        return 1 + design.stem_stride_t * (behind_stem - 1)
 
     def features(self, clip: torch.Tensor) -> torch.Tensor:
         """Output of the last stage.
 
         Args:
-            clip: (B, 3, T, H, W), floating point, T >= 2, H and W >= 32.
+            clip: (B, 3, T, H, W), floating point, T >= `min_frames`, H and W >= 32.
 
         Returns:
-            (B, 2048 * width, T // 2, h, w), h and w about H / 32 and W / 32 (7 for 224).
+            (B, 2048 * width, t, h, w): t is T by the temporal strides, h and w about H / 32 and
+            W / 32 (7 for 224).
         """
-        check_clip(self.name, clip, min_frames=2, min_size=32)
+        check_clip(
+            self.name,
+            clip,
+            min_frames=self.min_frames,
+            min_size=32,
+            channels=self.design.in_channels,
+        )
         x = self.pool1(self.relu(self.bn1(self.conv1(clip))))
-        x = self.pool2(self.layer1(x))
-        return self.layer4(self.layer3(self.layer2(x)))
+        for index, layer in enumerate((self.layer1, self.layer2, self.layer3, self.layer4)):
+            x = run(layer, x, self.checkpointing)
+            if index == 0 and self.pool2 is not None:
+                x = self.pool2(x)
+        return x
 
     def forward(self, clip: torch.Tensor) -> torch.Tensor:
-        """Logits of the globally averaged features.
+        """Logits of the clip, by the design's head.
 
-        At 224 x 224 pixels this is the original network in training and testing. At other sizes the
-        original averages probabilities over locations instead: see `location_logits`.
+        With the head "global", that of the original: at 224 x 224 pixels it is the original network
+        in training and testing; at other sizes the original averages probabilities over locations
+        instead, see `probabilities`.
 
         Args:
-            clip: (B, 3, T, H, W), floating point, T >= 2, H and W >= 32.
+            clip: (B, 3, T, H, W), floating point, T >= `min_frames`, H and W >= 32.
 
         Returns:
             (B, num_classes) logits.
@@ -158,47 +191,78 @@ class VideoResNet(nn.Module):
             TypeError: clip is not a floating-point tensor.
             ValueError: clip has a wrong shape or is too small.
         """
-        pooled = self.features(clip).mean(dim=(2, 3, 4))
-        return self.fc(self.dropout(pooled))
+        features = self.features(clip)
+        if self.design.head == "window":
+            windows = self.dropout(self._windows(features))
+            return self.fc(windows).mean(dim=(1, 2, 3))
+        if self.design.head == "frames":
+            frames = features.mean(dim=(3, 4)).transpose(1, 2)
+            return self.fc(self.dropout(frames)).mean(dim=1)
+        return self.fc(self.dropout(features.mean(dim=(2, 3, 4))))
 
     def location_logits(self, clip: torch.Tensor) -> torch.Tensor:
-        """Logits at every location of a 7 x 7 window: the fully convolutional test of the original.
+        """Logits at every location of the head's window: the fully convolutional test.
 
-        The published protocol takes the softmax per location first and then averages:
-        `model.location_logits(clip).softmax(-1).mean(dim=(1, 2, 3))`. Dropout is not applied.
+        Dropout is not applied.
 
         Args:
-            clip: (B, 3, T, H, W), floating point, T >= 2. The original needs H and W >= 197; below
-                that the window is as large as the feature map.
+            clip: (B, 3, T, H, W), floating point. The original needs H and W >= 197; below that
+                the window is as large as the feature map.
 
         Returns:
-            (B, 1, h - 6, w - 6, num_classes) logits for feature maps of h x w: one location at 224,
-            2 x 2 at 256. The window spans all frames.
+            (B, t, h, w, num_classes) logits for maps that hold t x h x w windows: one location at
+            224, 2 x 2 at 256. A window of the original spans all frames: t = 1.
 
         Raises:
             TypeError: clip is not a floating-point tensor.
             ValueError: clip has a wrong shape or is too small.
         """
-        features = self.features(clip)
-        frames, height, width = features.shape[2:]
-        pooled = F.avg_pool3d(features, (frames, min(height, 7), min(width, 7)), stride=1)
-        return self.fc(pooled.movedim(1, -1))
+        return self.fc(self._windows(self.features(clip)))
+
+    def probabilities(self, clip: torch.Tensor) -> torch.Tensor:
+        """Probabilities of the clip as its system's test takes them.
+
+        The Caffe2 original and PySlowFast take the softmax at every location and average it; the
+        others take that of `forward`. Dropout acts as in `forward`.
+
+        Args:
+            clip: (B, 3, T, H, W), floating point.
+
+        Returns:
+            (B, num_classes), rows of which sum to 1.
+
+        Raises:
+            TypeError: clip is not a floating-point tensor.
+            ValueError: clip has a wrong shape or is too small.
+        """
+        if self.design.system in ("caffe2", "slowfast"):
+            return self.location_logits(clip).softmax(-1).mean(dim=(1, 2, 3))
+        return self(clip).softmax(-1)
+
+    def _windows(self, features: torch.Tensor) -> torch.Tensor:
+        """Averages of all windows, (B, t, h, w, C)."""
+        sizes = [
+            size if window is None else min(size, window)
+            for size, window in zip(features.shape[2:], self.design.window, strict=True)
+        ]
+        return F.avg_pool3d(features, sizes, stride=1).movedim(1, -1)
 
 
-def _bottlenecks(
-    channels: int, inner: int, kernels_t: Sequence[int], *, stride: int
-) -> nn.Sequential:
+def _bottlenecks(design: ResNetDesign, layer: int, channels: int, inner: int) -> nn.Sequential:
     """A layer: bottlenecks of which the first one changes channels and spatial size."""
-    layer = nn.Sequential()
-    for index, kernel_t in enumerate(kernels_t):
-        layer.append(
+    bottlenecks = nn.Sequential()
+    for index, kernel_t in enumerate(design.kernels_t()[layer]):
+        inputs = channels if index == 0 else 4 * inner
+        bottlenecks.append(
             Bottleneck(
-                channels if index == 0 else 4 * inner,
+                inputs,
                 inner,
                 4 * inner,
                 kernel_t=kernel_t,
-                stride=stride if index == 0 else 1,
-                norm_eps=NORM_EPS,
+                stride=2 if index == 0 and layer > 0 else 1,
+                norm=design.make_norm,
+                shift=inputs // design.shift_div if design.shifts(index) else 0,
+                shift_shortcut=design.shift == "block",
             )
         )
-    return layer
+    return bottlenecks

@@ -1,4 +1,4 @@
-"""Command line: ``nlk train | compare | verify | info``.
+"""Command line: ``nlk train | compare | convert | models | verify | info``.
 
 Mistakes of the user end in one line on standard error and exit code 2, everything else that breaks
 a run off in one line and exit code 1; ``--debug`` shows the traceback of either. Heavy packages are
@@ -60,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", metavar="section.key=value", help="replaces the file's value"
         )
         command.add_argument("--debug", action="store_true", help="show tracebacks")
+    _add_convert(commands)
+    text = "list networks: parameters, multiply-adds, clips, published accuracy, source, licence"
+    models = commands.add_parser("models", help=text, description=text)
+    models.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="such as 'i3d*'")
+    models.add_argument("--debug", action="store_true", help="show tracebacks")
     _add_verify(commands)
     text = "show versions, devices, backends and settings"
     info = commands.add_parser("info", help=text, description=text)
@@ -80,6 +85,36 @@ def _add_verify(commands) -> None:
     verify.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
+def _add_convert(commands) -> None:
+    text = "read a checkpoint of any system and write it for ours, or for another system"
+    convert = commands.add_parser("convert", help=text, description=text)
+    convert.add_argument("source", metavar="SRC", help="checkpoint; nothing in it is executed")
+    convert.add_argument("target", metavar="DST", help="file to write, when all keys fit")
+    convert.add_argument(
+        "--from", dest="system", default="auto", help="system, not its file's name"
+    )
+    convert.add_argument("--to", metavar="SYSTEM", help="system to write for (default: ours)")
+    convert.add_argument("--model", metavar="NAME", help="network, where several fit the weights")
+    convert.add_argument(
+        "--new", action="append", default=[], choices=("blocks", "classifier"), help="starts fresh"
+    )
+    convert.add_argument("--inflate", action="store_true", help="repeat 2-D convolutions over time")
+    convert.add_argument("--entry", help="which weights of a file with several, as state_dict_ema")
+    convert.add_argument(
+        "--rewrite",
+        choices=("affine", "batch", "finetune"),
+        help="fold, unfold or strip blobs first",
+    )
+    convert.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the model, such as block.kind=concat",
+    )
+    convert.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
 def _train(arguments: argparse.Namespace, command: str) -> int:
     _require_extras()
     from nlkernels.training.config_file import load_config
@@ -97,6 +132,34 @@ def _compare(arguments: argparse.Namespace, command: str) -> int:
 
     config = load_config(arguments.config, arguments.overrides, command=arguments.command)
     print(f"report: {compare_from_config(config, command=command)}")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace, command: str) -> int:
+    from nlkernels.models.conversion import convert, parse_options
+
+    print(
+        convert(
+            arguments.source,
+            arguments.target,
+            system=arguments.system,
+            to=arguments.to,
+            name=arguments.model,
+            options=parse_options(arguments.option),
+            new=tuple(arguments.new),
+            inflate=arguments.inflate,
+            entry=arguments.entry,
+            rewrite=arguments.rewrite,
+        )
+    )
+    return 0
+
+
+def _models(arguments: argparse.Namespace, command: str) -> int:
+    from nlkernels.models.listing import listing
+
+    for line in listing(arguments.pattern):
+        print(line, flush=True)
     return 0
 
 
@@ -147,7 +210,14 @@ def _verify(arguments: argparse.Namespace, command: str) -> int:
     return 2
 
 
-_COMMANDS = {"train": _train, "compare": _compare, "verify": _verify, "info": _info}
+_COMMANDS = {
+    "train": _train,
+    "compare": _compare,
+    "convert": _convert,
+    "models": _models,
+    "verify": _verify,
+    "info": _info,
+}
 
 
 def _config_folder() -> Path:

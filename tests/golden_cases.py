@@ -21,7 +21,12 @@ class GoldenCase(NamedTuple):
 
 def block_files(folder: Path) -> list[Path]:
     """The files of single blocks in a folder."""
-    return [path for path in sorted(folder.glob("*.json")) if _record(path)["kind"] == "block"]
+    return files(folder, "block")
+
+
+def files(folder: Path, kind: str) -> list[Path]:
+    """The files of a kind in a folder: "block", "model" or "conversion"."""
+    return [path for path in sorted(folder.glob("*.json")) if _record(path)["kind"] == kind]
 
 
 def load(path: Path) -> GoldenCase:

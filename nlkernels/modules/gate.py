@@ -122,7 +122,7 @@ class ChannelGate(nn.Module):
         where = f"{cls.__name__}.from_foreign"
         check_choice(where, "preset", preset, tuple(_SYSTEMS))
         given = read(where, state_dict, prefix)
-        keys = _keys(preset)
+        keys = foreign_keys(preset)
         # Checkpoints of old releases of torch have no count.
         missing = [prefix + k for ours, k in keys.items() if k not in given and ours != _COUNT]
         unknown = sorted(prefix + key for key in given.keys() - set(keys.values()))
@@ -171,7 +171,9 @@ class ChannelGate(nn.Module):
         check_choice(where, "preset", preset, tuple(_SYSTEMS))
         check_prefix(where, prefix)
         state = _theirs(self.state_dict())
-        return {prefix + key: state[ours].detach().clone() for ours, key in _keys(preset).items()}
+        return {
+            prefix + key: state[ours].detach().clone() for ours, key in foreign_keys(preset).items()
+        }
 
     def set_backend(self, backend: str) -> None:
         """Use `backend` from now on; one that pools no context, as "sdpa", leaves it to "auto"."""
@@ -263,7 +265,7 @@ def _sizes(where: str, key: str, weight: torch.Tensor) -> tuple[int, int]:
     return dim, dim // hidden
 
 
-def _keys(preset: str) -> dict[str, str]:
+def foreign_keys(preset: str) -> dict[str, str]:
     """Our entries -> a system's keys, in its order."""
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     keys = {}

@@ -1,6 +1,8 @@
 """What a block is made of besides torch's layers, how its weights start, and their state."""
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import nn
@@ -89,6 +91,15 @@ class RegionAggregation(nn.Module):
             nn.init.normal_(self.weight, std=math.sqrt(2 / taps))
         else:
             nn.init.normal_(self.weight, std=_NORMAL_STD if init == "normal" else init)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Convert the weight as the depthwise kernel that it is.
+
+        `Module.to(memory_format=torch.channels_last_3d)` refuses parameters of four dimensions.
+        """
+        if self.weight.dim() != 4:
+            return super()._apply(fn, recurse)
+        return super()._apply(lambda tensor: fn(tensor.unsqueeze(1)).squeeze(1), recurse)
 
     def forward(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         out = functional.region_aggregate(*self._lifted(x), backend=backend)

@@ -3,20 +3,58 @@
 import pytest
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from nlkernels.models import create_model, list_models
+from nlkernels.models.i3d_inception import InceptionI3D, Unit
+from nlkernels.models.registry import registered
+from nlkernels.modules import ChannelGate
+from nlkernels.modules.layers import Affine
 
-BLOCKS = {"c2d_tiny": (0, 1, 2), "c2d_r50_8x8": (0, 1, 5, 10), "i3d_r50_8x8": (0, 1, 5, 10)}
-CASES = [
-    pytest.param(name, blocks, variant, id=f"{name}-blocks{blocks}-{variant}")
-    for name, counts in BLOCKS.items()
-    for blocks in counts
-    for variant in (("nonlocal", "local") if blocks == max(counts) else ("nonlocal",))
-]
+# The number of blocks that each builder is tested with by `make test`; all others are gates.
+BLOCKS = {
+    "c2d_tiny": (0, 1, 2),
+    "c2d_r50_8x8": (0, 1, 5, 10),
+    "i3d_r50_8x8": (0, 1, 5, 10),
+    "i3d_r50_32x4": (5,),
+    "tsm_r50": (0, 5),
+    "rnl_tsm_r50": (5,),
+    "inception_nl_flow": (0, 2),
+}
+
+
+def every_case():
+    """Name, number of blocks and variant of every network, gates marked."""
+    for name in list_models():
+        design = registered(name).design
+        counts = BLOCKS.get(name) or getattr(design, "places", (0, 2))
+        for blocks in counts:
+            for variant in ("nonlocal", "local") if blocks == max(counts) else ("nonlocal",):
+                yield pytest.param(
+                    name,
+                    blocks,
+                    variant,
+                    id=f"{name}-blocks{blocks}-{variant}",
+                    marks=() if name in BLOCKS else pytest.mark.gate,
+                )
+
+
+CASES = list(every_case())
+
+
+def model_is_softmax(model):
+    """Whether its blocks are: their biases of phi change no row of scores but by a constant."""
+    return all(getattr(module, "kind", "softmax") == "softmax" for module in model.modules())
+
+
+def a_clip(model, dtype=torch.float32):
+    """Two clips of noise that the model takes, with more than one key for each of its blocks."""
+    inception = isinstance(model, InceptionI3D)
+    channels = getattr(getattr(model, "design", None), "in_channels", 3)
+    frames = max(4, getattr(model, "min_frames", 1))
+    sizes = (8, 64, 72) if inception else (frames, 48, 56)
+    return torch.randn(2, channels, *sizes, dtype=dtype)
 
 
 def small_model(name, *, blocks, seed, **block):
@@ -26,7 +64,7 @@ def small_model(name, *, blocks, seed, **block):
         name, num_classes=5, width=0.125, blocks=blocks, block=block, dropout=0.0
     ).double()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm3d):
+        if isinstance(module, nn.BatchNorm3d | nn.BatchNorm1d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.1)
             nn.init.normal_(module.running_mean, std=0.1)
@@ -34,26 +72,40 @@ def small_model(name, *, blocks, seed, **block):
         elif isinstance(module, nn.Conv3d) and module.bias is not None:  # projections of a block
             nn.init.normal_(module.weight, std=0.7 * module.in_channels**-0.5)
             nn.init.normal_(module.bias, std=0.1)
+        elif isinstance(module, ChannelGate):
+            nn.init.normal_(module.expand.weight, std=0.3)
+        elif isinstance(module, Affine):
+            nn.init.uniform_(module.weight, 0.3, 0.7)
+        elif isinstance(module, Unit):
+            nn.init.kaiming_normal_(module.conv.weight)
     return model
 
 
 def test_every_registered_model_is_covered():
-    assert sorted(BLOCKS) == list_models()
+    assert {case.values[0] for case in CASES} == set(list_models())
 
 
 @pytest.mark.parametrize(("name", "blocks", "variant"), CASES)
 def test_every_parameter_receives_a_gradient(name, blocks, variant):
     # In training mode a batch norm removes every bias in front of it: eval mode hides nothing.
     model = small_model(name, blocks=blocks, seed=0, variant=variant).eval()
-    clip = torch.randn(2, 3, 4, 32, 40, dtype=torch.float64, requires_grad=True)
+    clip = a_clip(model, torch.float64).requires_grad_()
     F.cross_entropy(model(clip), torch.tensor([0, 4])).backward()
     for key, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # the factors of an affine network
+            assert parameter.grad is None
+            continue
         largest = parameter.grad.abs().max()
-        if key.endswith("nl.phi.bias"):  # adds a constant to a row of scores: softmax removes it
+        constant = key.endswith("nl.phi.bias") and model_is_softmax(model)
+        if constant or key.endswith("gate.score.bias"):  # is added to a row: softmax removes it
             assert largest < 1e-14, key
         else:
             assert largest > 1e-8, key
-    assert clip.grad.abs().amax(dim=(0, 1, 3, 4)).min() > 0
+    seen = clip.grad.abs().amax(dim=(0, 1, 3, 4))
+    design = getattr(model, "design", None)
+    if getattr(design, "stem_kernel_t", 3) == 1:  # its stride in time passes frames over
+        seen = seen[:: design.stem_stride_t]
+    assert seen.min() > 0
 
 
 @pytest.mark.parametrize(("name", "blocks", "variant"), CASES)
@@ -62,26 +114,54 @@ def test_training_step(name, blocks, variant):
     model = create_model(
         name, num_classes=5, width=0.125, blocks=blocks, block={"variant": variant}
     )
-    logits = model(torch.randn(2, 3, 4, 32, 40))
+    logits = model(a_clip(model))
     assert logits.shape == (2, 5)
     F.cross_entropy(logits, torch.tensor([0, 4])).backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad.isfinite().all() for parameter in trained)
     statistics = {key: b for key, b in model.named_buffers() if key.endswith("running_var")}
     assert all((variance != 1).any() for variance in statistics.values())
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_activation_checkpointing_gives_the_same_gradients(name):
-    gradients = []
-    for run in (
-        lambda model, clip: model(clip),
-        lambda *args: checkpoint(*args, use_reentrant=False),
+    """From outside and by the option, which alone counts the statistics of a batch once."""
+    results = []
+    for option, run in (
+        (False, lambda model, clip: model(clip)),
+        (False, lambda *args: checkpoint(*args, use_reentrant=False)),
+        (True, lambda model, clip: model(clip)),
     ):
         model = small_model(name, blocks=max(BLOCKS[name]), seed=1)
-        run(model, torch.randn(2, 3, 4, 32, 32, dtype=torch.float64)).square().sum().backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(recomputed, plain, rtol=1e-10, atol=1e-12)
+        model.checkpointing = option
+        run(model, a_clip(model, torch.float64)).square().sum().backward()
+        trained = [each for each in model.parameters() if each.requires_grad]
+        results.append(([each.grad for each in trained], list(model.buffers())))
+    (plain, statistics), *others = results
+    for gradients, _ in others:
+        for mine, theirs in zip(gradients, plain, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    for mine, theirs in zip(others[1][1], statistics, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKS if "tiny" not in name])
+def test_checkpointing_keeps_less(name):
+    kept = []
+    for checkpointing in (False, True):
+        model = small_model(name, blocks=max(BLOCKS[name]), seed=1)
+        model.checkpointing = checkpointing
+        bytes_kept = 0
+
+        def pack(tensor):
+            nonlocal bytes_kept
+            bytes_kept += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(a_clip(model, torch.float64))
+        kept.append(bytes_kept)
+    assert kept[1] < 0.6 * kept[0]
 
 
 @pytest.mark.parametrize("kind", ["softmax", "gaussian", "dot_product"])
@@ -95,27 +175,6 @@ def test_blocks_of_every_kind_change_the_logits(kind):
     difference = (model(clip) - plain(clip)).abs().max()
     assert difference.isfinite()
     assert difference > 0.01
-
-
-# Parameters for 400 classes, and multiply-adds of one 8 x 224 x 224 clip, as counted for the
-# original: convolutions, classifier and, in blocks, the two products of the full affinity.
-COSTS = {
-    ("c2d_r50_8x8", 0): ("24.328M", "19.3G"),
-    ("c2d_r50_8x8", 5): ("31.686M", "27.4G"),
-    ("i3d_r50_8x8", 0): ("28.043M", "28.1G"),
-    ("i3d_r50_8x8", 5): ("35.402M", "36.2G"),
-}
-
-
-@pytest.mark.parametrize(("name", "blocks"), COSTS, ids=lambda value: str(value))
-def test_parameters_and_flops_are_the_published_ones(name, blocks):
-    counter = FlopCounterMode(display=False)
-    with FakeTensorMode(), counter, torch.no_grad():
-        model = create_model(name, num_classes=400, blocks=blocks).eval()
-        model(torch.empty(1, 3, 8, 224, 224))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    multiply_adds = counter.get_total_flops() / 2
-    assert (f"{parameters / 1e6:.3f}M", f"{multiply_adds / 1e9:.1f}G") == COSTS[name, blocks]
 
 
 @pytest.mark.parametrize("name", ["c2d_r50_8x8", "i3d_r50_8x8"])
@@ -261,7 +320,7 @@ def test_initialisation_of_a_resnet():
 def test_dropout_acts_in_training_only(name):
     torch.manual_seed(7)
     model = create_model(name, num_classes=5, width=0.25, dropout=0.5).eval()
-    clip = torch.randn(1, 3, 2, 64, 64)
+    clip = a_clip(model)
     assert torch.equal(model(clip), model(clip))
     model.dropout.train()
     assert not torch.equal(model(clip), model(clip))

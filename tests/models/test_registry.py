@@ -8,13 +8,65 @@ import torch
 
 from nlkernels.models import create_model, list_models, register_model
 
-NAMES = ["c2d_r50_8x8", "c2d_tiny", "i3d_r50_8x8"]
+# One of each builder.
+NAMES = ["c2d_r50_8x8", "c2d_tiny", "i3d_r50_8x8", "hassony2_i3d_rgb", "tsm_r50"]
+SETTINGS = ("8x8", "32x2", "32x4", "32x4_ungrouped", "128x1", "128x1_ungrouped")
+PUBLISHED = {
+    *(
+        f"{family}_r{depth}_{setting}"
+        for family in ("c2d", "i3d")
+        for depth in (50, 101)
+        for setting in SETTINGS
+    ),
+    "c2d_tiny",
+    "tushar_i3d_r50_32x2",
+    "slowfast_c2d_r50_8x8",
+    "slowfast_c2d_nopool_r50_8x8",
+    "slowfast_i3d_r50_8x8",
+    "slowfast_i3d_r101_8x8",
+    "slowfast_slow_r50_4x16",
+    "slowfast_slow_r50_8x8",
+    "pytorchvideo_c2d_r50_8x8",
+    "pytorchvideo_i3d_r50_8x8",
+    "pytorchvideo_slow_r50_8x8",
+    "mmaction_c2d_r50_8x8",
+    "mmaction_c2d_r50_16x4",
+    "mmaction_c2d_nopool_r50_8x8",
+    "mmaction_c2d_nopool_r101_8x8",
+    "mmaction_i3d_r50_32x2",
+    "mmaction_i3d_heavy_r50_8x8",
+    "mmaction_slowonly_r50_4x16",
+    "mmaction_slowonly_r50_8x8",
+    "mmaction_tsm_r50",
+    "mmaction_tsm_r101",
+    "tsm_r50",
+    "tsm_r101",
+    "rnl_tsm_r50",
+    "mindspore_i3d_r50_32",
+    *(f"hassony2_i3d_{modality}" for modality in ("rgb", "flow")),
+    *(f"piergiaj_i3d_{modality}" for modality in ("rgb", "flow")),
+    *(f"inception_nl_{modality}" for modality in ("rgb", "flow")),
+}
 
 
-def test_list_models_is_sorted_and_filters():
-    assert list_models() == NAMES
-    assert list_models("c2d*") == ["c2d_r50_8x8", "c2d_tiny"]
+def test_every_published_network_is_there():
+    assert list_models() == sorted(PUBLISHED)
+
+
+def test_list_models_filters():
+    assert list_models("c2d_r50*") == sorted(f"c2d_r50_{setting}" for setting in SETTINGS)
     assert list_models("nothing*") == []
+    assert list_models(system="rnl") == ["rnl_tsm_r50"]
+    assert list_models("*flow", family="inception") == [
+        "hassony2_i3d_flow",
+        "inception_nl_flow",
+        "piergiaj_i3d_flow",
+    ]
+    assert list_models(family="slowonly", system="pytorchvideo") == ["pytorchvideo_slow_r50_8x8"]
+    with pytest.raises(ValueError, match="did you mean 'caffe2'"):
+        list_models(system="cafe2")
+    with pytest.raises(ValueError, match="expected family to be one of c2d, i3d"):
+        list_models(family="slowfast")
 
 
 def test_register_model_refuses_a_name_twice():
@@ -37,14 +89,15 @@ MISTAKES = {
         "i3d_r50_8x",
         {},
         ValueError,
-        r"expected one of c2d_r50_8x8, .*got 'i3d_r50_8x'; did you mean 'i3d_r50_8x8'\?",
+        r"expected one of the \d+ names of list_models\(\), got 'i3d_r50_8x'; "
+        r"did you mean 'i3d_r50_8x8'\?",
     ),
     "unknown-name-far-away": ("zzz", {}, ValueError, r"got 'zzz'; choose one of these"),
     "unknown-option": (
         "c2d_tiny",
         {"block_s": 2},
         TypeError,
-        r"expected options of c2d_tiny among blocks, block, dropout, got 'block_s'; did you mean",
+        r"options of c2d_tiny among blocks, block, dropout, checkpointing, got 'block_s'; did you",
     ),
     "block-count": ("c2d_tiny", {"blocks": 3}, ValueError, r"blocks to be one of 0, 1, 2, got 3"),
     "block-count-resnet": (
@@ -52,6 +105,43 @@ MISTAKES = {
         {"blocks": 2},
         ValueError,
         r"i3d_r50_8x8: expected blocks to be one of 0, 1, 5, 10, got 2",
+    ),
+    "block-count-inception": (
+        "inception_nl_flow",
+        {"blocks": 5},
+        ValueError,
+        r"blocks to be one of 0, 2, got 5; pass one of these, or names of mixed layers",
+    ),
+    "block-place": (
+        "i3d_r50_8x8",
+        {"blocks": [(3, 6)]},
+        ValueError,
+        r"different bottlenecks \(layer, index\) with layers of 3, 4, 6, 3 .*got \(3, 6\)",
+    ),
+    "block-place-twice": ("tsm_r50", {"blocks": [(2, 0)] * 2}, ValueError, r"got \(2, 0\); count"),
+    "block-place-inception": (
+        "inception_nl_rgb",
+        {"blocks": ["mixed3"]},
+        ValueError,
+        r"got 'mixed3'; did you mean 'mixed3c'|'mixed3b'",
+    ),
+    "design-depth": ("tsm_r50", {"depth": 34}, ValueError, r"depth to be one of 50, 101, got 34"),
+    "design-padding": (
+        "i3d_r50_8x8",
+        {"pool1_padding": 2},
+        ValueError,
+        r"i3d_r50_8x8: expected pool1_padding 0 or 1, got 2; the pool is 3 pixels wide",
+    ),
+    "design-kernel": ("i3d_r50_8x8", {"stem_kernel_t": 4}, ValueError, r"an odd stem_kernel_t"),
+    "design-stride": ("i3d_r50_8x8", {"stem_stride_t": 0}, ValueError, r"positive int, got 0"),
+    "design-eps": ("i3d_r50_8x8", {"norm_eps": 0.0}, ValueError, r"norm_eps > 0, got 0\.0"),
+    "design-inflated": ("i3d_r50_8x8", {"inflated": ((1,),)}, ValueError, r"be four patterns"),
+    "design-head": ("i3d_r50_8x8", {"head": "mean"}, ValueError, r"head to be one of 'global'"),
+    "padding-inception": (
+        "hassony2_i3d_rgb",
+        {"padding": "temporl"},
+        ValueError,
+        r"hassony2_i3d_rgb: expected padding .*did you mean 'temporal'",
     ),
     "block-count-bool": ("c2d_tiny", {"blocks": True}, ValueError, r"one of 0, 1, 2, got True"),
     "block-not-a-mapping": ("c2d_tiny", {"block": "softmax"}, TypeError, r"got 'softmax'; pass"),
