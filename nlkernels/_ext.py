@@ -141,7 +141,7 @@ class Extension:
         self._obstacles: dict[tuple, str] = {}
 
     def load(self, asked: str | None = None) -> ModuleType:
-        """See `nlkernels._ext.load`; `asked` is what NLKERNELS_CPU_ISA says, where that is known."""
+        """See `nlkernels._ext.load`; `asked`: what NLKERNELS_CPU_ISA says, where it is known."""
         if asked is None:
             asked = _env.read("NLKERNELS_CPU_ISA")
         module = self._modules.get(asked)

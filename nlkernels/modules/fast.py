@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nlkernels._arguments import autocast, requested_backend
 from nlkernels._operations import OPERATIONS
-from nlkernels.modules import layers, plain
+from nlkernels.modules import folding, layers, plain
 from nlkernels.modules.affinity import scores
 from nlkernels.modules.options import REGION_KINDS
 from nlkernels.ops._positions import position_stride
@@ -125,7 +125,10 @@ def _forward(block, x):
         attended, rows, through = checkpoint(_attend, block, x, use_reentrant=False)
     else:
         attended, rows, through = _attend(block, x)
-    weight, bias = _parameters(block, "out", attended.dtype)
+    weight, bias = _parameters(block, "out", rows[2].dtype)
+    if attended is None:
+        attended = rows[0]
+        weight = folding.folded(rows, weight, block._options()["scale"], _backend(block))
     norm = _norm(block.norm)
     if norm is not None and norm.batch and x.numel() == x.shape[1]:
         raise ValueError(
@@ -157,8 +160,13 @@ def score(block: "NonLocalBlock", x: torch.Tensor, which: int) -> torch.Tensor:
 
 
 def _attend(block, x):
-    """What the attention returns, (B, N, V), its operands, and x for the residual connection."""
+    """What the attention returns, (B, N, V), its operands, and x for the residual connection.
+
+    None where the output projection takes the query's rows instead.
+    """
     rows, through = _operands(block, x)
+    if folding.pays(block.kind, rows, block.out.weight):
+        return None, rows, through
     return _items(block._attend(*rows), x.shape[0]), rows, through
 
 
