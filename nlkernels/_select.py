@@ -66,7 +66,8 @@ def module(op: str, backend: str, direction: str, *operands: torch.Tensor) -> An
     operation = OPERATIONS[op]
     problem = operation.describe(*operands)
     _record(op, problem, operands)
-    asked = _ext.loaded_for() if problem.device == "cpu" else None
+    is_native = problem.device == "cpu" and "cpu" not in _device.MEASURED
+    asked = _ext.loaded_for() if is_native else None
     if asked is None:
         return _module(op, backend, direction, problem)
     repeatable = torch.are_deterministic_algorithms_enabled()

@@ -189,7 +189,8 @@ def test_images_inflate(capsys, tmp_path):
     path, target = tmp_path / "resnet50.pth", tmp_path / "m.safetensors"
     files.write(path, export_foreign(image, "torchvision"), format="torch")
     assert files.read(path).state["conv1.weight"].dim() == 4
-    code, out, _ = nlk(capsys, path, target, "--model", "i3d_r50_8x8")
+    argv = ("--model", "i3d_r50_8x8", "--option", f"width={WIDTH}")
+    code, out, _ = nlk(capsys, path, target, *argv)
     assert code == 0
     assert "inflated (10): conv1.weight" in out
     weight = load_weights(target).conv1.weight

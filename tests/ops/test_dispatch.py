@@ -34,6 +34,7 @@ def test_explain_gives_a_reason_for_every_backend():
 @pytest.fixture
 def no_compiler(monkeypatch):
     monkeypatch.setattr(_ext, "missing", lambda: "no C++ compiler")
+    monkeypatch.setattr(_ext, "loaded_for", lambda: None)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from nlkernels import _ext, _launch, _operations, _select
+from nlkernels import _ext, _operations, _select
 from nlkernels.ops._library import define
 from nlkernels.ops._tiles import accumulator_dtype
 from nlkernels.ops.norm import chunked, cpp
@@ -29,9 +29,7 @@ def supports(backend: str, problem: NormProblem) -> list[str]:
     """Why `backend` cannot serve `problem`; an empty list when it can."""
     if backend not in BACKENDS:
         return [f"{NAME} has no backend {backend!r}"]
-    if backend == "cpp":
-        return _ext.unserved(problem)
-    return _launch.unserved(problem) if backend == "triton" else []
+    return _ext.unserved(problem) if backend == "cpp" else []
 
 
 def head(problem: NormProblem) -> tuple[int, ...]:
