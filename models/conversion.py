@@ -15,7 +15,7 @@ from nlkernels._systems import SYSTEMS as BLOCKS
 from nlkernels.models import blobs, files
 from nlkernels.models.convert import LoadReport, export_foreign, load_foreign
 from nlkernels.models.fitting import Fit, closest, fitting, without_values
-from nlkernels.models.registry import create_model, list_models
+from nlkernels.models.registry import create_model, registered
 from nlkernels.models.systems import SYSTEMS
 from nlkernels.models.weights import NAME, OPTIONS, is_ours, open_weights, save_weights
 from nlkernels.models.zoo import SOURCES, describe
@@ -276,7 +276,9 @@ def _known(
     """What is known of weights: where they are from, and how the published ones were tested."""
     origin, licence = SOURCES.get(report.system, _IMAGES)
     known = {"system": report.system, "file": source.name, "source": origin, "licence": licence}
-    results = describe(fit.name).results if fit.name in list_models(system=report.system) else ()
+    # The results are those of weights that were trained for that network.
+    own = registered(fit.name).system == report.system
+    results = describe(fit.name).results if own else ()
     blocks, kinds = fit.options.get("blocks", 0), _kinds(model)
     for result in results:
         if result.blocks == blocks and (not kinds or result.kind in kinds):

@@ -77,10 +77,14 @@ def _gradients(grad, z, gamma, moments, eps, wanted):
         # Where the two lie differently, torch 2.13 returns wrong numbers for one item.
         grad = like(z, z.shape[2], are_maps(z)).copy_(grad)
     inverse = _inverse(moments[1], eps)
-    return torch.ops.aten.native_batch_norm_backward(
+    d_z, of_standard, of_grad = torch.ops.aten.native_batch_norm_backward(
         _map(grad), _map(z), gamma.to(moments.dtype), None, None, moments[0], inverse, True, eps,
         wanted,
     )  # fmt: skip
+    if grad.device.type == "cpu":
+        # As in `moments`: one row after another.
+        of_grad = grad.sum((0, 1), dtype=moments.dtype)
+    return d_z, of_standard, of_grad
 
 
 def _inverse(variance: torch.Tensor, eps: float) -> torch.Tensor:
