@@ -159,7 +159,7 @@ class Extension:
     def missing(self) -> str:
         """See `nlkernels._ext.missing`."""
         asked = _env.read("NLKERNELS_CPU_ISA")
-        if asked in self._modules:
+        if self.is_loaded(asked):
             return ""
         setting = _setting()
         with _lock:

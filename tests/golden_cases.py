@@ -10,6 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+# What systems call a kind -> kind.
+KINDS = {
+    "embedded_gaussian": "softmax",
+    "embedded": "softmax",
+    "softmax": "softmax",
+    "gaussian": "gaussian",
+    "dot_product": "dot_product",
+    "dot": "dot_product",
+    "concatenation": "concat",
+}
+
 
 class GoldenCase(NamedTuple):
     """One file: what it says, the other system's state dict, and the inputs, all in float32."""
@@ -118,3 +129,12 @@ def _own_channel(shape: tuple[int, ...]) -> np.ndarray:
     outputs, inputs = np.ogrid[: shape[0], : shape[1]]
     own = (outputs % shape[1] == inputs).astype(np.float64)
     return np.broadcast_to(own.reshape(*shape[:2], *(1,) * (len(shape) - 2)), shape)
+
+
+def assert_same_state(exported, state):
+    """Keys, shapes, dtypes and values; of RNL's dense weight the part that its mask keeps."""
+    assert exported.keys() == state.keys()
+    for key, array in state.items():
+        if key.endswith("penta.weight"):
+            array = array * state[key.removesuffix("weight") + "mask"]
+        np.testing.assert_array_equal(exported[key].numpy(), array, strict=True, err_msg=key)

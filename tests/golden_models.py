@@ -9,19 +9,10 @@ from torch import nn
 
 from nlkernels.models import create_model
 from nlkernels.models.convert import LoadReport, load_foreign
-from tests.golden_cases import GoldenCase
+from tests.golden_cases import KINDS, GoldenCase
 
 Config = Mapping[str, Any]
 
-_KINDS = {
-    "embedded_gaussian": "softmax",
-    "embedded": "softmax",
-    "softmax": "softmax",
-    "gaussian": "gaussian",
-    "dot_product": "dot_product",
-    "dot": "dot_product",
-    "concatenation": "concat",
-}
 # Two depths of res2 to res5.
 _DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -257,7 +248,7 @@ def _slowfast(config: Config, case: GoldenCase) -> Network:
             "norm_eps": _given(config, "bn_eps", 1e-5),
             "window": (frames // pools, crop, crop),
             "blocks": places,
-            "block": {"kind": _KINDS[_given(config, "instantiation", "dot_product")]},
+            "block": {"kind": KINDS[_given(config, "instantiation", "dot_product")]},
             "layer_block": layers,
         },
     )
@@ -317,7 +308,7 @@ def _mmaction_3d(config: Config) -> dict[str, Any]:
 
 def _mmcv(config: Config) -> dict[str, Any]:
     """mmcv's options; `NonLocal3d` does not pool and does scale unless it is told."""
-    kind = _KINDS[_given(config, "mode", "embedded_gaussian")]
+    kind = KINDS[_given(config, "mode", "embedded_gaussian")]
     options: dict[str, Any] = {
         "preset": "mmaction_slowonly" if _given(config, "use_scale", True) else "mmaction_i3d",
         "kind": kind,
@@ -372,7 +363,7 @@ def _mindspore(config: Config, case: GoldenCase) -> Network:
             "num_classes": _classes(case, "head.dense.weight"),
             "norm_eps": _given(config, "bn_eps", 1e-5),
             "blocks": 5 if any("non_local_block" in key for key in case.state) else 0,
-            "block": {"kind": _KINDS[_given(config, "mode", "dot")]},
+            "block": {"kind": KINDS[_given(config, "mode", "dot")]},
         },
     )
 

@@ -10,21 +10,12 @@ from torch import nn
 
 import nlkernels
 from nlkernels.modules import ChannelGate, SegmentBlock
-from tests.golden_cases import GoldenCase
+from tests.golden_cases import KINDS, GoldenCase
 
 BLOCKS = {
     1: nlkernels.NonLocalBlock1d,
     2: nlkernels.NonLocalBlock2d,
     3: nlkernels.NonLocalBlock3d,
-}
-_KINDS = {
-    "embedded_gaussian": "softmax",
-    "embedded": "softmax",
-    "softmax": "softmax",
-    "gaussian": "gaussian",
-    "dot_product": "dot_product",
-    "dot": "dot_product",
-    "concatenation": "concat",
 }
 _POOLS = {1: (2,), 2: (2, 2), 3: (1, 2, 2)}
 
@@ -96,7 +87,7 @@ def _wrapper(preset: str, options: dict[str, Any], config: Config, case: GoldenC
 
 def _alexhex7(config: Config, case: GoldenCase) -> tuple[str, dict[str, Any]]:
     dims = case.inputs["x"].ndim - 2
-    kind = _KINDS[config["variant"]]
+    kind = KINDS[config["variant"]]
     return "alexhex7", {"kind": kind, **_sampled(config, dims), **_batch_norm(config)}
 
 
@@ -106,7 +97,7 @@ def _tsm(config: Config, case: GoldenCase) -> tuple[str, dict[str, Any]]:
 
 def _mmcv(config: Config, case: GoldenCase) -> tuple[str, dict[str, Any]]:
     dims = case.inputs["x"].ndim - 2
-    kind = _KINDS[_given(config, "mode", "embedded_gaussian")]
+    kind = KINDS[_given(config, "mode", "embedded_gaussian")]
     options = {"kind": kind, **_sampled(config, dims, default=False)}
     preset = "mmaction_slowonly" if _given(config, "use_scale", True) else "mmaction_i3d"
     return preset, {**options, **_mmcv_norm(config, dims)}
@@ -150,7 +141,7 @@ _GROUPS = ("groups", "group", "num_groups")
 def _pool_first(config: Config) -> dict[str, Any]:
     pool = config.get("pool_size")
     return {
-        "kind": _KINDS[_given(config, "instantiation", "softmax")],
+        "kind": KINDS[_given(config, "instantiation", "softmax")],
         "pool": None if pool is None or max(pool) == 1 else tuple(pool),
         **_batch_norm(config),
     }
@@ -170,7 +161,7 @@ def _region(config: Config, case: GoldenCase) -> tuple[str, dict[str, Any]]:
 
 
 def _mindspore(config: Config, case: GoldenCase) -> tuple[str, dict[str, Any]]:
-    kind = _KINDS[_given(config, "mode", "dot")]
+    kind = KINDS[_given(config, "mode", "dot")]
     return "mindspore", {"kind": kind, **_sampled(config, 3), **_batch_norm(config)}
 
 
@@ -179,7 +170,7 @@ def _caffe2(config: Config, case: GoldenCase) -> tuple[str, dict[str, Any]]:
     affine = not any(key.endswith("_bn_rm") for key in case.state)
     preset = "caffe2_affine" if affine else "caffe2"
     kind = config.get("instantiation", config.get("mode", "softmax"))
-    options = {"kind": _KINDS[kind], "temporal_group": config.get("group_size")}
+    options = {"kind": KINDS[kind], "temporal_group": config.get("group_size")}
     if "pool_size" in config:
         options["pool"] = config["pool_size"] and tuple(config["pool_size"])
     if "bn_eps" in config and not affine:

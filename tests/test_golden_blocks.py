@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.golden_cases import block_files, cotangent, deviation, load
+from tests.golden_cases import assert_same_state, block_files, cotangent, deviation, load
 from tests.golden_systems import exported_gradients, subject
 
 FOLDER = Path(os.environ.get("NLKERNELS_GOLDEN") or Path(__file__).parent / "golden")
@@ -85,12 +85,3 @@ def compared(case, dtype):
         found[f"{key}:diagonal"] = dense[own, own % dense.shape[1]]
     found |= {f"after:{key}": tensor for key, tensor in chosen.export(chosen.module).items()}
     return {name: (digest, found[name]) for name, digest in digests.items()}
-
-
-def assert_same_state(exported, state):
-    """Keys, shapes, dtypes and values; of RNL's dense weight the part that its mask keeps."""
-    assert exported.keys() == state.keys()
-    for key, array in state.items():
-        if key.endswith("penta.weight"):
-            array = array * state[key.removesuffix("weight") + "mask"]
-        np.testing.assert_array_equal(exported[key].numpy(), array, strict=True, err_msg=key)

@@ -3,12 +3,11 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from nlkernels.models.convert import export_foreign
-from tests.golden_cases import deviation, files, load
+from tests.golden_cases import assert_same_state, deviation, files, load
 from tests.golden_models import loaded, outputs
 
 FOLDER = Path(os.environ.get("NLKERNELS_GOLDEN") or Path(__file__).parent / "golden")
@@ -53,12 +52,3 @@ def check(path):
         }
         bad = {name: value for name, value in deviations.items() if not value < tolerance}
         assert not bad, f"{dtype}: {bad}"
-
-
-def assert_same_state(exported, state):
-    """Keys, shapes, dtypes and values; of RNL's dense weight the part that its mask keeps."""
-    assert exported.keys() == state.keys()
-    for key, array in state.items():
-        if key.endswith("penta.weight"):
-            array = array * state[key.removesuffix("weight") + "mask"]
-        np.testing.assert_array_equal(exported[key].numpy(), array, strict=True, err_msg=key)

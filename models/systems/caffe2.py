@@ -36,7 +36,6 @@ LAYOUT = Layout(
     separator="_",
     weight="w",
     bias="b",
-    norm_names={"weight": "s", "bias": "b", "running_mean": "rm", "running_var": "riv"},
     counts=False,
     ignored=("lr", "model_iter", "epoch", "_momentum"),
     inflates=True,

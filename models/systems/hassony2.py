@@ -34,15 +34,9 @@ def module(model: nn.Module, path: str) -> str | None:
     return f"{STEM[owner]}.{_LAYERS[layer]}" if owner in STEM else None
 
 
-def _no_block(model: nn.Module, path: str) -> None:
-    return None
-
-
 LAYOUT = Layout(
     name=NAME,
     module=module,
-    block_prefix=_no_block,
-    preset=None,
     anchors=("conv3d_1a_7x7.conv3d.weight", "conv3d_1a_7x7.batch3d.weight"),
     counter_marks=("NonLocalBlock_mixed_",),
     classifier_dims=5,

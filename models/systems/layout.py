@@ -21,7 +21,6 @@ from nlkernels.modules.base import NonLocalBlock
 from nlkernels.modules.gate import foreign_keys
 from nlkernels.modules.layers import Affine
 
-_TORCH_NORM = {name: name for name in ("weight", "bias", "running_mean", "running_var")}
 _NORMS = (nn.modules.batchnorm._BatchNorm, Affine)
 _LAYERS = (nn.Conv3d, nn.Linear, *_NORMS)
 
@@ -46,6 +45,10 @@ class Pair(NamedTuple):
     part: str = "plain"
 
 
+def _nowhere(model: nn.Module, path: str) -> None:
+    """The prefix of blocks, or gates, in a system without them."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """One system's key layout.
@@ -65,7 +68,6 @@ class Layout:
         separator: between module and parameter.
         weight: name of a layer's weight; its bias is `bias`.
         bias: name of a layer's bias.
-        norm_names: name of each parameter of a norm.
         counts: whether batch norms count their batches.
         ignored: endings and names of keys that are no weights.
         flat: convolutions of single frames have two dimensions.
@@ -75,17 +77,16 @@ class Layout:
 
     name: str
     module: Callable[[nn.Module, str], str | None]
-    block_prefix: Callable[[nn.Module, str], str | None]
-    preset: str | None
     anchors: tuple[str, ...]
-    gate_prefix: Callable[[nn.Module, str], str | None] = lambda model, path: None
+    block_prefix: Callable[[nn.Module, str], str | None] = _nowhere
+    preset: str | None = None
+    gate_prefix: Callable[[nn.Module, str], str | None] = _nowhere
     marks: tuple[str, ...] = ()
     counter_marks: tuple[str, ...] = ()
     certainty: float = 1.0
     separator: str = "."
     weight: str = "weight"
     bias: str = "bias"
-    norm_names: Mapping[str, str] | None = None
     counts: bool = True
     ignored: tuple[str, ...] = ()
     flat: bool = False
@@ -174,7 +175,11 @@ class Layout:
         if name == blocks.COUNT_KEY:
             return name if self.counts else None
         if isinstance(module, _NORMS):
-            return (self.norm_names or _TORCH_NORM)[name]
+            # Networks name their norms as their blocks do.
+            own = (
+                blocks.TORCH_NORM if self.preset is None else blocks.SYSTEMS[self.preset].norm_names
+            )
+            return own[name]
         return {"weight": self.weight, "bias": self.bias}[name]
 
     def _shape(self, module: nn.Module, tensor: torch.Tensor) -> tuple[int, ...]:

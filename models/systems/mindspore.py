@@ -39,12 +39,6 @@ LAYOUT = Layout(
     block_prefix=_block,
     preset="mindspore",
     anchors=("backbone.conv1.features.0.weight", "backbone.conv1.features.1.bn2d.gamma"),
-    norm_names={
-        "weight": "gamma",
-        "bias": "beta",
-        "running_mean": "moving_mean",
-        "running_var": "moving_variance",
-    },
     counts=False,
 )
 detect, to_ours, from_ours = LAYOUT.detect, LAYOUT.to_ours, LAYOUT.from_ours

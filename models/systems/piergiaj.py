@@ -26,15 +26,9 @@ def _module(model: nn.Module, path: str) -> str | None:
     return f"{STEM[owner].capitalize()}.{_LAYERS[layer]}" if owner in STEM else None
 
 
-def _no_block(model: nn.Module, path: str) -> None:
-    return None
-
-
 LAYOUT = Layout(
     name=NAME,
     module=_module,
-    block_prefix=_no_block,
-    preset=None,
     anchors=("Conv3d_1a_7x7.conv3d.weight", "Conv3d_1a_7x7.bn.weight"),
     classifier_dims=5,
 )

@@ -28,15 +28,9 @@ def _module(model: nn.Module, path: str) -> str | None:
     return f"blocks.{stage}.res_blocks.{part.index}.{branch}"
 
 
-def _no_block(model: nn.Module, path: str) -> None:
-    return None
-
-
 LAYOUT = Layout(
     name=NAME,
     module=_module,
-    block_prefix=_no_block,
-    preset=None,
     anchors=("blocks.0.conv.weight", "blocks.0.norm.weight"),
 )
 detect, to_ours, from_ours = LAYOUT.detect, LAYOUT.to_ours, LAYOUT.from_ours

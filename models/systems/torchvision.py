@@ -18,15 +18,9 @@ def _module(model: nn.Module, path: str) -> str | None:
     return path if unit(path) or path in ("conv1", "bn1", "fc") else None
 
 
-def _no_block(model: nn.Module, path: str) -> None:
-    return None
-
-
 LAYOUT = Layout(
     name=NAME,
     module=_module,
-    block_prefix=_no_block,
-    preset=None,
     anchors=("conv1.weight", "layer1.0.conv1.weight"),
     counter_marks=(".nl.",),
     certainty=0.5,  # video networks took its names over

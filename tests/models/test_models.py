@@ -75,7 +75,7 @@ def small_model(name, *, blocks, seed, **block):
         elif isinstance(module, ChannelGate):
             nn.init.normal_(module.expand.weight, std=0.3)
         elif isinstance(module, Affine):
-            nn.init.uniform_(module.weight, 0.3, 0.7)
+            nn.init.uniform_(module.weight, 0.5, 0.9)
         elif isinstance(module, Unit):
             nn.init.kaiming_normal_(module.conv.weight)
     return model
@@ -100,8 +100,7 @@ def test_every_parameter_receives_a_gradient(name, blocks, variant):
         if constant or key.endswith("gate.score.bias"):  # is added to a row: softmax removes it
             assert largest < 1e-14, key
         else:
-            # A single block behind 30 layers sees little; rounding alone leaves a thousandth.
-            assert largest > 1e-11, key
+            assert largest > 1e-8, key
     seen = clip.grad.abs().amax(dim=(0, 1, 3, 4))
     design = getattr(model, "design", None)
     if getattr(design, "stem_kernel_t", 3) == 1:  # its stride in time passes frames over

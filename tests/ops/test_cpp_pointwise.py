@@ -13,6 +13,10 @@ from nlkernels.ops.pointwise import chunked, cpp, op, reference
 from tests.helpers import SHORT, assert_not_worse
 from tests.ops import isas
 from tests.ops.cpp_attention import dtypes, needs_compiler, threads
+from tests.ops.pointwise import (
+    assert_bad_number_touches_its_position_only,
+    assert_float16_is_added_in_float32,
+)
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("poison")]
 
@@ -224,32 +228,13 @@ def test_nothing_gives_empty_results(backend, case, maps):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_number_touches_its_position_only(value, maps, dtype):
     sources, shift, base = operands((2, 40, (24, 8), 20), dtype)
-    clean = cpp.product(sources, shift, base, maps)
-    products, sums = cpp.outer(base, sources[0][0])
-    sources[1][0][1, 7, 3] = value
-    base[0, 9, 4] = value
-    dirty = cpp.product(sources, shift, base, maps)
-    touched = torch.zeros_like(base, dtype=torch.bool)
-    touched[1, 7] = touched[0, 9, 4] = True
-    assert not dirty[touched].isfinite().any()
-    assert torch.equal(dirty[~touched], clean[~touched])
-    again = cpp.outer(base, sources[0][0])
-    others = [channel for channel in range(20) if channel != 4]
-    assert not again[0][4].isfinite().any() and not again[1][4].isfinite()
-    assert torch.equal(again[0][others], products[others])
-    assert torch.equal(again[1][others], sums[others])
+    assert_bad_number_touches_its_position_only(cpp, sources, shift, base, maps, value)
 
 
 @backends
 def test_sums_beyond_float16_are_added_in_float32(backend):
     left, right = (t.abs() * 100 for t in features((2, 40, 16, 16), torch.float16))
-    truth = reference.outer(left.double(), right.double())
-    for got, exact in zip(backend.outer(left, right), truth, strict=True):
-        assert exact.max() > 65504 / 10
-        assert (got - exact).abs().max() <= 1e-6 * exact.max()
-    weight = torch.full((5, 16), 60.0, dtype=torch.float16)
-    out = backend.product([(left, weight), (left, -weight)])
-    assert (left.float() @ weight.float().mT).max() > 65504 and out.abs().max() <= 1
+    assert_float16_is_added_in_float32(backend, left, right)
 
 
 @pytest.mark.gate

@@ -11,6 +11,10 @@ from nlkernels.ops.pointwise import chunked, op, reference, suite, triton_outer
 from nlkernels.ops.pointwise import triton as kernels
 from nlkernels.ops.pointwise.problem import PointwiseProblem
 from tests.helpers import DEVICE, assert_not_worse, runnable
+from tests.ops.pointwise import (
+    assert_bad_number_touches_its_position_only,
+    assert_float16_is_added_in_float32,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # (B, N, C of each source, P): one position, one channel, tails, whole tiles, several tiles.
@@ -256,32 +260,13 @@ def test_nothing_gives_empty_results(size, maps):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_number_touches_its_position_only(value, maps):
     sources, shift, base = operands((2, 40, (24, 8), 20))
-    clean = kernels.product(sources, shift, base, maps)
-    products, sums = kernels.outer(base, sources[0][0])
-    sources[1][0][1, 7, 3] = value
-    base[0, 9, 4] = value
-    dirty = kernels.product(sources, shift, base, maps)
-    touched = torch.zeros_like(base, dtype=torch.bool)
-    touched[1, 7] = touched[0, 9, 4] = True
-    assert not dirty[touched].isfinite().any()
-    assert torch.equal(dirty[~touched], clean[~touched])
-    again = kernels.outer(base, sources[0][0])
-    others = [channel for channel in range(20) if channel != 4]
-    assert not again[0][4].isfinite().any() and not again[1][4].isfinite()
-    assert torch.equal(again[0][others], products[others])
-    assert torch.equal(again[1][others], sums[others])
+    assert_bad_number_touches_its_position_only(kernels, sources, shift, base, maps, value)
 
 
 def test_sums_beyond_float16_are_added_in_float32():
     (left, _), (right, _) = operands((2, 40, (16, 16), 1), torch.float16)[0]
     left, right = left.abs() * 100, right.abs() * 100
-    truth = reference.outer(left.double(), right.double())
-    for got, exact in zip(kernels.outer(left, right), truth, strict=True):
-        assert exact.max() > 65504 / 10
-        assert (got - exact).abs().max() <= 1e-6 * exact.max()
-    weight = torch.full((5, 16), 60.0, dtype=torch.float16, device=DEVICE)
-    out = kernels.product([(left, weight), (left, -weight)])
-    assert (left.float() @ weight.float().mT).max() > 65504 and out.abs().max() <= 1
+    assert_float16_is_added_in_float32(kernels, left, right)
 
 
 @dtypes

@@ -47,10 +47,10 @@ def forward(
     if 0 in sizes:
         return value.new_zeros(sizes[0], sizes[1], sizes[3])
     out = value.new_empty(sizes[0], sizes[1], sizes[3])
-    module, dtype = _ext.load(), DTYPES[value.dtype]
+    (module, isa), dtype = _ext.native(), DTYPES[value.dtype]
     workspace = _workspace(module.concat_workspace(dtype, sizes, False))
     module.concat_forward(
-        _ext.isa(),
+        isa,
         torch.get_num_threads(),
         dtype,
         sizes,
@@ -70,10 +70,10 @@ def backward(
     if 0 in sizes:
         return tuple(t.new_zeros(t.shape) for t in operands)
     grads = tuple(t.new_empty(t.shape) for t in operands)
-    module, dtype = _ext.load(), DTYPES[value.dtype]
+    (module, isa), dtype = _ext.native(), DTYPES[value.dtype]
     workspace = _workspace(module.concat_workspace(dtype, sizes, True))
     module.concat_backward(
-        _ext.isa(),
+        isa,
         torch.get_num_threads(),
         dtype,
         sizes,

@@ -39,11 +39,11 @@ def forward(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     out = x.new_empty(x.shape[:2])
     if x.shape[0] == 0:
         return out
-    module, threads, dtype = _ext.load(), torch.get_num_threads(), DTYPES[x.dtype]
+    (module, isa), threads, dtype = _ext.native(), torch.get_num_threads(), DTYPES[x.dtype]
     sizes, strides = _axes(x)
     workspace = _workspace(module.gate_workspace(dtype, threads, sizes, strides, False))
     module.gate_forward(
-        _ext.isa(),
+        isa,
         threads,
         dtype,
         sizes,
@@ -64,11 +64,11 @@ def backward(
     d_x, d_weight = like(x), weight.new_empty(weight.shape)
     if x.shape[0] == 0:
         return d_x, d_weight.zero_()
-    module, threads, dtype = _ext.load(), torch.get_num_threads(), DTYPES[x.dtype]
+    (module, isa), threads, dtype = _ext.native(), torch.get_num_threads(), DTYPES[x.dtype]
     sizes, strides = _axes(x)
     workspace = _workspace(module.gate_workspace(dtype, threads, sizes, strides, True))
     module.gate_backward(
-        _ext.isa(),
+        isa,
         threads,
         dtype,
         sizes,

@@ -8,8 +8,7 @@ elementwise intermediates for a gradient whose sums are those of several process
 import torch
 
 from nlkernels.ops._tiles import accumulator_dtype
-from nlkernels.ops.norm.problem import are_maps
-from nlkernels.ops.pointwise.problem import like
+from nlkernels.ops.norm.problem import like
 
 
 def moments(z: torch.Tensor) -> torch.Tensor:
@@ -61,7 +60,7 @@ def gradient(
     inverse = _inverse(variance, eps)
     standard = (z.to(dtype) - mean) * inverse
     d_z = (grad.to(dtype) - level - standard * slope) * (gamma.to(dtype) * inverse)
-    return like(z, z.shape[2], are_maps(z)).copy_(d_z)
+    return like(z).copy_(d_z)
 
 
 def backward(
@@ -75,7 +74,7 @@ def backward(
 def _gradients(grad, z, gamma, moments, eps, wanted):
     if grad.stride() != z.stride():
         # Where the two lie differently, torch 2.13 returns wrong numbers for one item.
-        grad = like(z, z.shape[2], are_maps(z)).copy_(grad)
+        grad = like(z).copy_(grad)
     inverse = _inverse(moments[1], eps)
     d_z, of_standard, of_grad = torch.ops.aten.native_batch_norm_backward(
         _map(grad), _map(z), gamma.to(moments.dtype), None, None, moments[0], inverse, True, eps,

@@ -20,9 +20,8 @@ Source: `csrc/cpu/norm.cpp`, `csrc/cpu/moments.h`.
 import torch
 
 from nlkernels import _ext
-from nlkernels.ops.norm.problem import are_maps
+from nlkernels.ops.norm.problem import like
 from nlkernels.ops.pointwise import cpp
-from nlkernels.ops.pointwise.problem import like
 
 # Below, a further thread costs more than it saves: some 20 us of one core's work.
 _NUMBERS_OF_THREAD = 2**16
@@ -44,7 +43,7 @@ def forward(
     eps: float,
 ) -> torch.Tensor:
     """z, base (B,N,C), moments (2,C), gamma, beta (C,) -> (B,N,C), laid out like z."""
-    out = _like(z)
+    out = like(z)
     _run("norm_forward", z, moments, eps, gamma=gamma, beta=beta, base=base, out=out)
     return out
 
@@ -65,7 +64,7 @@ def gradient(
     eps: float,
 ) -> torch.Tensor:
     """The gradient of z, for the means (2,C) of what `sums` adds up; laid out like z."""
-    d_z = _like(z)
+    d_z = like(z)
     _run("norm_backward", z, moments, eps, grad=grad, gamma=gamma, means=means, out=d_z)
     return d_z
 
@@ -74,20 +73,16 @@ def backward(
     grad: torch.Tensor, z: torch.Tensor, gamma: torch.Tensor, moments: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of z, laid out like z, and the sums (2,C), where all of the batch is here."""
-    d_z, found = _like(z), torch.zeros_like(moments)
+    d_z, found = like(z), torch.zeros_like(moments)
     _run("norm_backward", z, moments, eps, grad=grad, gamma=gamma, out=d_z, sums=found)
     return d_z, found
-
-
-def _like(z: torch.Tensor) -> torch.Tensor:
-    return like(z, z.shape[2], are_maps(z))
 
 
 def _run(kernel: str, z: torch.Tensor, moments: torch.Tensor, eps: float, **given) -> None:
     """Run a kernel for z and what is given of the other operands; for no numbers, nothing."""
     if z.numel() == 0:
         return
-    native, isa = _ext.load(), _ext.isa()
+    native, isa = _ext.native()
     worth = 1 + z.numel() // _NUMBERS_OF_THREAD
     kept, arguments = [], {}
     for name, tensor in given.items():

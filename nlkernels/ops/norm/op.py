@@ -15,10 +15,10 @@ from nlkernels.ops._library import define
 from nlkernels.ops._tiles import accumulator_dtype
 from nlkernels.ops.norm import chunked, cpp
 from nlkernels.ops.norm.choice import TABLE
-from nlkernels.ops.norm.problem import NormProblem, are_maps
+from nlkernels.ops.norm.problem import NormProblem, are_maps, like
 from nlkernels.ops.pointwise.op import BACKENDS as product_backends
 from nlkernels.ops.pointwise.op import product
-from nlkernels.ops.pointwise.problem import like
+from nlkernels.ops.pointwise.problem import like as product_like
 
 NAME = "norm"
 BACKENDS = ("chunked", "cpp")
@@ -104,19 +104,15 @@ def _backward(grad, z, gamma, moments, eps, backend):
     return _module(backend, "backward", z).backward(grad, z, gamma, moments, eps)
 
 
-def _like(z: torch.Tensor) -> torch.Tensor:
-    return like(z, z.shape[2], are_maps(z))
-
-
 @torch.library.register_fake("nlkernels::norm_product")
 def _(features, weight, shift, maps, backend):
     channels, dtype = weight.shape[0], accumulator_dtype(features.dtype)
-    return like(features, channels, maps), features.new_empty(2, channels, dtype=dtype)
+    return product_like(features, channels, maps), features.new_empty(2, channels, dtype=dtype)
 
 
 @torch.library.register_fake("nlkernels::norm_forward")
 def _(z, moments, gamma, beta, base, eps, backend):
-    return _like(z)
+    return like(z)
 
 
 @torch.library.register_fake("nlkernels::norm_sums")
@@ -126,12 +122,12 @@ def _(grad, z, moments, eps, backend):
 
 @torch.library.register_fake("nlkernels::norm_gradient")
 def _(grad, z, gamma, moments, means, eps, backend):
-    return _like(z)
+    return like(z)
 
 
 @torch.library.register_fake("nlkernels::norm_backward")
 def _(grad, z, gamma, moments, eps, backend):
-    return _like(z), torch.empty_like(moments)
+    return like(z), torch.empty_like(moments)
 
 
 @register_flop_formula(torch.ops.nlkernels.norm_product)

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from nlkernels.ops.pointwise import problem as pointwise
+
 
 class NormProblem(NamedTuple):
     """Sizes, dtype, device and layout of one call, as backends and dispatch see it."""
@@ -38,3 +40,8 @@ class NormProblem(NamedTuple):
 def are_maps(z: torch.Tensor) -> bool:
     """Whether positions of z (B,N,C) lie together, not channels."""
     return z.stride(2) != 1 and z.stride(1) == 1
+
+
+def like(z: torch.Tensor) -> torch.Tensor:
+    """An uninitialised (B,N,C), laid out like z."""
+    return pointwise.like(z, z.shape[2], are_maps(z))

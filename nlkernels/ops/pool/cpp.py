@@ -17,7 +17,9 @@ def forward(x: torch.Tensor, window: list[int]) -> tuple[torch.Tensor, torch.Ten
     """(B,C,T,H,W) -> pooled (B,C,T',H',W') and winners."""
     out, winners = problem.like(x, window), problem.winners_like(x, window)
     if out.numel() > 0:
-        _ext.load().pool_forward(
+        native, isa = _ext.native()
+        native.pool_forward(
+            isa,
             *_common(x, window),
             x.data_ptr(),
             x.stride(),
@@ -33,7 +35,9 @@ def backward(
 ) -> torch.Tensor:
     """d_x (B,C,T,H,W), with the gradients of the pooled numbers added to their winners."""
     if grad.numel() > 0:
-        _ext.load().pool_backward(
+        native, isa = _ext.native()
+        native.pool_backward(
+            isa,
             *_common(d_x, window),
             grad.data_ptr(),
             grad.stride(),
@@ -45,6 +49,6 @@ def backward(
 
 
 def _common(x: torch.Tensor, window: list[int]) -> tuple:
-    """Instruction set, threads, dtype, order of the winners, sizes and window of a call."""
+    """Threads, dtype, order of the winners, sizes and window of a call."""
     last, sizes = is_channels_last(x), tuple(x.shape)
-    return _ext.isa(), torch.get_num_threads(), _ext.DTYPES[x.dtype], last, sizes, tuple(window)
+    return torch.get_num_threads(), _ext.DTYPES[x.dtype], last, sizes, tuple(window)
