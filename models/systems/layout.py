@@ -176,10 +176,8 @@ class Layout:
             return name if self.counts else None
         if isinstance(module, _NORMS):
             # Networks name their norms as their blocks do.
-            own = (
-                blocks.TORCH_NORM if self.preset is None else blocks.SYSTEMS[self.preset].norm_names
-            )
-            return own[name]
+            names = {} if self.preset is None else blocks.SYSTEMS[self.preset].norm_names
+            return names.get(name, name)
         return {"weight": self.weight, "bias": self.bias}[name]
 
     def _shape(self, module: nn.Module, tensor: torch.Tensor) -> tuple[int, ...]:
