@@ -39,6 +39,8 @@ FEW_TAPS = ((1, 3, 3),)
 """For the interpreter, which takes seconds for the 147 taps of the larger kernel."""
 # Batch, N, C, P: several tiles and runs of the sums; one tile without descriptors.
 POINTWISE = ((2, 152, 72, 136), (1, 33, 19, 37))
+# Batch, N, C: several tiles and runs of the sums; one tile.
+NORM = ((2, 1300, 264), (1, 33, 37))
 # x and window: winners of 2 bits, and of bytes.
 POOL = (((2, 21, 3, 9, 7), [1, 2, 2]), ((1, 70, 3, 6, 5), [3, 3, 2]))
 
@@ -49,7 +51,17 @@ FORMS = (
     ("float16", "rows"),
     ("float32", "channels"),
 )
-OPERATIONS = ("softmax", "relu", "dot_product", "concat", "region", "gate", "pointwise", "pool")
+OPERATIONS = (
+    "softmax",
+    "relu",
+    "dot_product",
+    "concat",
+    "region",
+    "gate",
+    "pointwise",
+    "norm",
+    "pool",
+)
 PARTS = tuple(
     f"{op}-{dtype}-{layout}"
     for op in OPERATIONS
@@ -150,6 +162,27 @@ def run_pointwise(dtype: torch.dtype, layout: str, device: torch.device) -> Iter
         yield from op.outer(base, features, "triton")
 
 
+def run_norm(dtype: torch.dtype, layout: str, device: torch.device) -> Iterator[Tensor]:
+    """A product with its statistics, the norm, and gradients at once and in halves."""
+    from nlkernels.ops.norm import op  # noqa: F401 - its operators
+
+    operators = torch.ops.nlkernels
+    for number, (batch, positions, channels) in enumerate(NORM):
+        generator = torch.Generator().manual_seed(number)
+        tensors = []
+        for size in ((batch, positions, channels), (channels, channels), (2, channels)):
+            tensors.append(torch.randn(size, generator=generator).to(dtype).to(device))
+        features, weight, (gamma, beta) = tensors
+        maps = layout == "channels"
+        z, moments = operators.norm_product(features, weight, beta.float(), maps, "triton")
+        out = operators.norm_forward(z, moments, gamma, beta, features, 1e-5, "triton")
+        sums = operators.norm_sums(out, z, moments, 1e-5, "triton")
+        given = out, z, gamma, moments
+        yield from (z, moments, out, sums)
+        yield from operators.norm_backward(*given, 1e-5, "triton")
+        yield operators.norm_gradient(*given, sums / (batch * positions), 1e-5, "triton")
+
+
 def run_pool(dtype: torch.dtype, layout: str, device: torch.device) -> Iterator[Tensor]:
     """Outputs and gradients of every problem."""
     from nlkernels.ops.pool import op
@@ -179,6 +212,7 @@ def run(parts: tuple[str, ...], device: torch.device) -> Recorder:
         "region": run_region,
         "gate": run_gate,
         "pointwise": run_pointwise,
+        "norm": run_norm,
         "pool": run_pool,
     }
     with recorded() as recorder:

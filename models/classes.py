@@ -5,8 +5,12 @@ mmaction2, TSM, PySlowFast), or as they first appear in the training list (MindS
 says where each class is in the other order, `take_classes` moves the classifier's rows.
 """
 
+import csv
+import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -67,6 +71,54 @@ def by_number(numbers: Mapping[str, int]) -> list[str]:
             f"{sorted(numbers.values())[:12]}; pass the map of all classes"
         )
     return [name.strip('"') for name in names]
+
+
+def read_names(path: str | os.PathLike) -> list[str]:
+    """Names of classes in the order of a file.
+
+    Args:
+        path: a .json map from names to numbers, or list of names; a training list .csv whose first
+            column, or the one called "label", names each video's class, in order of appearance; any
+            other text with a name on each line, blank ones left out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file without names, or no text.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from nlkernels.models.classes import read_names
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "train.csv")
+        >>> _ = path.write_text("label,youtube_id\\nzumba,a\\nabseiling,b\\nzumba,c\\n")
+        >>> read_names(path)
+        ['zumba', 'abseiling']
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        names = _names(path.suffix.lower(), text)
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"read_names: expected names of classes in {path}, got "
+            f"{type(error).__name__}: {error}; write one name on each line"
+        ) from None
+    if not names:
+        raise ValueError(
+            f"read_names: expected names of classes in {path}, got none; write one on each line"
+        )
+    return names
+
+
+def _names(suffix: str, text: str) -> list[str]:
+    if suffix == ".json":
+        found = json.loads(text)
+        return by_number(found) if isinstance(found, dict) else [name.strip() for name in found]
+    if suffix != ".csv":
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    head, *rows = [row for row in csv.reader(text.splitlines()) if row]
+    column = head.index("label") if "label" in head else 0
+    rows = rows if "label" in head else [head, *rows]
+    return first_appearance(row[column].strip() for row in rows)
 
 
 def class_rows(theirs: Sequence[str], ours: Sequence[str]) -> list[int]:

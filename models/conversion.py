@@ -13,6 +13,7 @@ from torch import nn
 from nlkernels._spec import check_choice
 from nlkernels._systems import SYSTEMS as BLOCKS
 from nlkernels.models import blobs, files
+from nlkernels.models.classes import class_rows, read_names, take_classes
 from nlkernels.models.convert import LoadReport, export_foreign, load_foreign
 from nlkernels.models.fitting import Fit, closest, fitting, without_values
 from nlkernels.models.registry import create_model, registered
@@ -67,6 +68,7 @@ def convert(
     inflate: bool = False,
     entry: str | None = None,
     rewrite: str | None = None,
+    classes: tuple[str | os.PathLike, str | os.PathLike] | None = None,
 ) -> str:
     """Convert a checkpoint file; nothing is written unless all of it fits.
 
@@ -84,6 +86,9 @@ def convert(
         rewrite: what to do to the blobs of a Caffe2 checkpoint first: "affine" folds its norms,
             "batch" is the way back, "finetune" strips it. With `to="caffe2"` and without a name,
             the blobs alone are rewritten, as the original's tools do.
+        classes: two files, as `nlkernels.models.classes.read_names` reads them: names of the
+            checkpoint's classes, and of those that are wanted, in their orders. A file of ours
+            keeps the names.
 
     Returns:
         A report on the keys and on what was written.
@@ -96,6 +101,7 @@ def convert(
     """
     source, target = Path(source), Path(target)
     _check(source, target, to, rewrite)
+    names = [] if classes is None else [read_names(path) for path in classes]
     file = files.read(source, entry=entry)
     lines = [f"{source.name}: {len(file.state)} tensors, {_spoken(file)}"]
     lines += [f"  other weights in it: {', '.join(file.others)} (--entry)"] if file.others else []
@@ -118,6 +124,9 @@ def convert(
         lines += _report(report)
         lines += _ambiguity(model, report)
         origin = Origin(file, _known(source, file, fit, model, report), report)
+    if names:
+        fit, origin = _reorder(model, fit, origin, *names)
+        lines.append(f"  classes: {len(names[1])} of {len(names[0])}, in the order of {classes[1]}")
     lines.append(_written(target, model, fit, to, origin))
     return "\n".join(lines)
 
@@ -176,6 +185,23 @@ def _rewritten(rewrite: str, file: files.File) -> dict[str, Any]:
             "convert it with --to caffe2 first"
         )
     return REWRITES[rewrite]({**file.state, **file.extra, **file.metadata})
+
+
+def _reorder(
+    model: nn.Module, fit: Fit, origin: "Origin", theirs: list[str], ours: list[str]
+) -> tuple[Fit, "Origin"]:
+    """Give the model our classes in our order; its options and what is known of it say so."""
+    if model.fc.out_features != len(theirs):
+        raise ValueError(
+            f"convert: expected the names of all {model.fc.out_features} classes of the "
+            f"checkpoint, got {len(theirs)}; pass the list that it was trained with"
+        )
+    take_classes(model, class_rows(theirs, ours))
+    fit = fit._replace(options={**fit.options, "num_classes": len(ours)})
+    known = {**origin.metadata, "classes": json.dumps(ours)}
+    # Rows of another number are no longer what was read.
+    report = origin.report if len(ours) == len(theirs) else None
+    return fit, origin._replace(metadata=known, report=report)
 
 
 def _own(

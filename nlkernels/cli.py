@@ -106,6 +106,12 @@ def _add_convert(commands) -> None:
         help="fold, unfold or strip blobs first",
     )
     convert.add_argument(
+        "--classes",
+        nargs=2,
+        metavar=("THEIRS", "OURS"),
+        help="files with names of classes: take these, in this order (.json, .csv or lines)",
+    )
+    convert.add_argument(
         "--option",
         action="append",
         default=[],
@@ -150,6 +156,7 @@ def _convert(arguments: argparse.Namespace, command: str) -> int:
             inflate=arguments.inflate,
             entry=arguments.entry,
             rewrite=arguments.rewrite,
+            classes=arguments.classes,
         )
     )
     return 0

@@ -17,6 +17,7 @@ import torch
 
 # These register every operation, those too that only blocks use.
 import nlkernels.functional
+import nlkernels.ops.norm.op
 import nlkernels.ops.pointwise.op
 import nlkernels.ops.pool.op  # noqa: F401
 from nlkernels import _device, _launch, _operations, _select, _trust
@@ -85,16 +86,16 @@ def verify(
     that fails is switched off on this machine, in later processes too.
 
     Args:
-        op: "softmax", "dot_product", "relu", "concat", "gate", "region", "pointwise" or "pool";
-            None is all.
+        op: "softmax", "dot_product", "relu", "concat", "gate", "region", "pointwise",
+            "norm" or "pool"; None is all.
         backend: the one that is checked.
         device: None is the GPU, else the CPU.
         dtypes: None is float16, bfloat16 and float32; on a CPU, where Triton's interpreter has no
             product of bfloat16, the other two.
         depths: (D, V) pairs, rounded up to multiples of 16; for "concat" (V,), for "gate" (C,), for
             "region" and "pool" (kt, kh, kw, whether channels_last_3d), for "pointwise" channels of
-            features and results, rounded up to powers of two. None is those of the published
-            blocks, on a CPU the first of them.
+            features and results, rounded up to powers of two, for "norm" (C, whether maps). None is
+            those of the published blocks, on a CPU the first of them.
         progress: called with a line for the device and for each check as soon as it is done.
 
     Returns:

@@ -219,10 +219,20 @@ def store(
     WIDE: tl.constexpr,
 ):
     """Write a (ROWS, COLUMNS) tile of a batch item, rounded, but nothing outside it."""
+    tile = rounded(target, LAYOUT, tile)
     if LAYOUT == 1:
-        target.store([item, row, column], tile.to(target.dtype).reshape(1, ROWS, COLUMNS))
+        target.store([item, row, column], tile.reshape(1, ROWS, COLUMNS))
     else:
         start = target + item.to(tl.int64) * item_stride
         at = offsets(row, column, row_stride, column_stride, ROWS, COLUMNS, WIDE)
-        tile = tile.to(target.dtype.element_ty)
         tl.store(start + at, tile, mask=inside(row, column, rows, columns, ROWS, COLUMNS))
+
+
+@triton.jit
+def rounded(target, LAYOUT: tl.constexpr, tile):
+    """A tile in the dtype of what it is written to."""
+    if LAYOUT == 1:
+        tile = tile.to(target.dtype)
+    else:
+        tile = tile.to(target.dtype.element_ty)
+    return tile

@@ -28,7 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import nlkernels.ops
 from nlkernels import _launch, _tune
 from nlkernels._launch import Config
-from tests.gates import concat_problems, gate_problems, pointwise_problems, pool_problems
+from tests.gates import (
+    concat_problems,
+    gate_problems,
+    norm_problems,
+    pointwise_problems,
+    pool_problems,
+)
 from tests.gates.compiling import Launch, specialisation
 
 ARCHITECTURES = (80, 89, 90, 120)
@@ -237,6 +243,7 @@ FAMILIES = (
         pointwise_problems.FIRST,
         pointwise_problems.OTHERS,
     ),
+    Family("norm.triton", norm_problems.run, norm_problems.described, norm_problems.FIRST, []),
     Family("pool.triton", pool_problems.run, pool_problems.described, pool_problems.FIRST, []),
 )
 

@@ -198,6 +198,33 @@ def test_images_inflate(capsys, tmp_path):
     assert torch.equal(weight[:, :, 0], weight[:, :, 4])
 
 
+@pytest.mark.parametrize("kept", [6, 4])
+def test_classes_of_another_order(capsys, tmp_path, kept):
+    """MindSpore numbers classes as they appear in its training list, others by the alphabet."""
+    names = ["zumba", "abseiling", "eating ice cream", "yoga", "archery", "bowling"]
+    rows = "".join(f"{name},id{number},0,10\n" for number, name in enumerate([*names, *names]))
+    (tmp_path / "train.csv").write_text(f"label,youtube_id,time_start,time_end\n{rows}")
+    ours = sorted(names)[:kept]
+    quoted = {f'"{name}"' if " " in name else name: row for row, name in enumerate(ours)}
+    (tmp_path / "classids.json").write_text(json.dumps(quoted))
+    path, target = checkpoint(tmp_path, "mindspore"), tmp_path / "ours.safetensors"
+    order = tmp_path / "train.csv", tmp_path / "classids.json"
+    code, out, err = nlk(capsys, path, target, "--classes", *order)
+    assert (code, err) == (0, ""), err
+    assert f"classes: {kept} of 6, in the order of {order[1]}" in out
+    theirs = network("mindspore").fc
+    got = load_weights(target).fc
+    places = [names.index(name) for name in ours]
+    assert torch.equal(got.weight, theirs.weight[places])
+    assert torch.equal(got.bias, theirs.bias[places])
+    assert json.loads(files.read(target).metadata["classes"]) == ours
+    back = tmp_path / "back.ckpt"
+    code, *_ = nlk(capsys, path, back, "--classes", *order, "--to", "mindspore")
+    assert code == 0
+    reread = files.read(back).state
+    assert sorted(len(reread[key]) for key in reread if "fc" in key) == [kept, kept]
+
+
 def test_averages_are_announced_and_chosen(tmp_path):
     state = export_foreign(network("tsm"))
     average = {key: torch.zeros_like(value) for key, value in state.items()}
@@ -264,6 +291,9 @@ MISTAKES = {
     "unknown": (["caffe2.checkpoint", "x", "--model", "tsm_r50", "--option", "blokcs=5"], "blocks"),
     "entry": (["caffe2.checkpoint", "x", "--entry", "ema"], "one set of weights, and not 'ema'"),
     "rewrite": (["tsm.checkpoint", "x", "--rewrite", "affine"], "expected a pickle of Caffe2"),
+    "names": (["tsm.checkpoint", "x", "--classes", "names.txt", "names.txt"], "all 6 classes"),
+    "no names": (["tsm.checkpoint", "x", "--classes", "blank.txt", "names.txt"], "got none; write"),
+    "bad names": (["tsm.checkpoint", "x", "--classes", "bad.json", "names.txt"], "got JSONDecode"),
     "keys": (["other.safetensors", "x"], "got keys such as a, b that fit none; pass --model"),
 }
 
@@ -274,6 +304,8 @@ def test_mistakes_are_one_line_and_write_nothing(capsys, tmp_path, monkeypatch, 
     checkpoint(tmp_path, "caffe2")
     checkpoint(tmp_path, "tsm")
     files.write("other.safetensors", {"a": torch.ones(1), "b": torch.ones(1)})
+    for name, text in (("names.txt", "a\nb\n"), ("blank.txt", "\n"), ("bad.json", "[")):
+        (tmp_path / name).write_text(text)
     before = sorted(tmp_path.iterdir())
     code, out, err = nlk(capsys, *argv)
     assert (code, out) == (2, "")

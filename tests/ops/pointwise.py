@@ -4,6 +4,27 @@ import torch
 
 from nlkernels.ops.pointwise import reference
 
+LAYOUTS = ("rows", "maps", "apart", "slice", "items_inside", "unaligned")
+
+
+def laid_out(x, layout):
+    """The same features (B,N,C) in other memory, NaN around them."""
+    batch, positions, channels = x.shape
+    if layout == "maps":
+        return x.mT.contiguous().mT
+    if layout == "apart":
+        place = x.new_full((batch, positions + 2, 3 * channels), float("nan"))[:, 1:-1, 1::3]
+    elif layout == "slice":
+        place = x.new_full((2 * batch, channels + 5, positions + 3), float("nan"))
+        place = place[::2, 2 : channels + 2, 1 : positions + 1].mT
+    elif layout == "items_inside":
+        place = x.new_empty(positions, channels, batch).permute(2, 0, 1)
+    elif layout == "unaligned":
+        place = x.new_full((x.numel() + 1,), float("nan"))[1:].view(x.shape)
+    else:
+        return x
+    return place.copy_(x)
+
 
 def assert_bad_number_touches_its_position_only(backend, sources, shift, base, maps, value):
     """Of operands (2,40,(24,8),20), the sources' depths in brackets."""

@@ -14,8 +14,10 @@ from tests.helpers import SHORT, assert_not_worse
 from tests.ops import isas
 from tests.ops.cpp_attention import dtypes, needs_compiler, threads
 from tests.ops.pointwise import (
+    LAYOUTS,
     assert_bad_number_touches_its_position_only,
     assert_float16_is_added_in_float32,
+    laid_out,
 )
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("poison")]
@@ -34,31 +36,11 @@ CASES = [
     (1, 700, (24,), 40),
     (1, 33, (520,), 31),
 ]
-LAYOUTS = ("rows", "maps", "apart", "slice", "items_inside", "unaligned")
 
 backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=list(BACKENDS))
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 maps = pytest.mark.parametrize("maps", [False, True], ids=["to_rows", "to_maps"])
-
-
-def laid_out(x, layout):
-    """The same features (B,N,C) in other memory, NaN around them."""
-    batch, positions, channels = x.shape
-    if layout == "maps":
-        return x.mT.contiguous().mT
-    if layout == "apart":
-        place = x.new_full((batch, positions + 2, 3 * channels), float("nan"))[:, 1:-1, 1::3]
-    elif layout == "slice":
-        place = x.new_full((2 * batch, channels + 5, positions + 3), float("nan"))
-        place = place[::2, 2 : channels + 2, 1 : positions + 1].mT
-    elif layout == "items_inside":
-        place = x.new_empty(positions, channels, batch).permute(2, 0, 1)
-    elif layout == "unaligned":
-        place = x.new_full((x.numel() + 1,), float("nan"))[1:].view(x.shape)
-    else:
-        return x
-    return place.copy_(x)
 
 
 def operands(case, dtype, layout="rows", seed=0):

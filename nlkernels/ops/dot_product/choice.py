@@ -20,6 +20,22 @@ TABLE = {
             f"the time of the C++ kernels where N*M <= 2**18 ({CPU})",
         },
         {
+            "dtypes": ("bfloat16",),
+            "isas": ("avx512_bf16",),
+            "pass": "forward",
+            "depth_from": 257,
+            "order": ("chunked", "cpp"),
+            "because": "the library's products take 0.94 to 1.0 of the time of the C++ kernels "
+            f"where D > 256 ({CPU})",
+        },
+        {
+            "dtypes": ("bfloat16",),
+            "isas": ("avx512_bf16",),
+            "depth_from": 128,
+            "order": ("cpp", "chunked"),
+            "because": f"1.01 to 1.1 times as fast as chunked ({CPU})",
+        },
+        {
             "dtypes": ("float32", "float64"),
             "isas": ("avx512", "avx512_bf16"),
             "depth_from": 128,

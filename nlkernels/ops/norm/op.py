@@ -6,11 +6,12 @@ statistics with a product has them of what `ops/pointwise` returns.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from nlkernels import _ext, _operations, _select
+from nlkernels import _ext, _launch, _operations, _select
 from nlkernels.ops._library import define
 from nlkernels.ops._tiles import accumulator_dtype
 from nlkernels.ops.norm import chunked, cpp
@@ -21,15 +22,17 @@ from nlkernels.ops.pointwise.op import product
 from nlkernels.ops.pointwise.problem import like as product_like
 
 NAME = "norm"
-BACKENDS = ("chunked", "cpp")
-_INSIDE = {"chunked": chunked, "cpp": cpp}
+BACKENDS = ("chunked", "cpp", "triton")
+_INSIDE = {"chunked": chunked, "cpp": cpp, "triton": "nlkernels.ops.norm.triton"}
 
 
 def supports(backend: str, problem: NormProblem) -> list[str]:
     """Why `backend` cannot serve `problem`; an empty list when it can."""
     if backend not in BACKENDS:
         return [f"{NAME} has no backend {backend!r}"]
-    return _ext.unserved(problem) if backend == "cpp" else []
+    if backend == "cpp":
+        return _ext.unserved(problem)
+    return _launch.unserved(problem) if backend == "triton" else []
 
 
 def head(problem: NormProblem) -> tuple[int, ...]:
@@ -50,6 +53,7 @@ _operations.OPERATIONS[NAME] = _operations.Operation(
     describe=NormProblem.of,
     head=head,
     sizes=sizes,
+    suite="nlkernels.ops.norm.suite",
     drawback="has no definition of its own",
 )
 
@@ -63,16 +67,28 @@ def _own(backend: str) -> str:
     return "chunked" if backend in product_backends and backend not in BACKENDS else backend
 
 
+def product_of(
+    module: Any,
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor | None,
+    maps: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A product and its statistics by a norm's backend; `backend` is that of a product alone."""
+    if hasattr(module, "product"):
+        return module.product(features, weight, shift, maps)
+    z = product([(features, weight)], shift, None, maps, backend)
+    return z, module.moments(z)
+
+
 @define(
     "norm_product(Tensor features, Tensor weight, Tensor? shift, bool maps, str backend) "
     "-> (Tensor, Tensor)"
 )
 def _product(features, weight, shift, maps, backend):
     module = _select.module(NAME, _own(backend), "forward", features, weight.shape[0], maps)
-    if hasattr(module, "product"):
-        return module.product(features, weight, shift, maps)
-    z = product([(features, weight)], shift, None, maps, backend)
-    return z, module.moments(z)
+    return product_of(module, features, weight, shift, maps, backend)
 
 
 @define(

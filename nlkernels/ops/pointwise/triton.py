@@ -2,7 +2,8 @@
 
 product   a tile of positions and channels adds the steps of one source after another, then shift
           and base, in float32, and is rounded once; it is computed the way round in which the
-          result lies, so that a map is stored along positions and rows along channels
+          result lies, so that a map is stored along positions and rows along channels; means and
+          squares of a tile's channels are taken of it, where they are asked for, as it is rounded
 outer     see `triton_outer.py`
 
 Operands are read by descriptor (TMA) where a copy engine takes them, in either order of positions
@@ -10,7 +11,8 @@ and channels, and by pointer along whichever of the two has stride 1 elsewhere. 
 multiplied as torch's switch says, in three TF32 products unless one is allowed.
 
 Memory beyond inputs and outputs:
-  product : none, but 4 P for a shift that is not contiguous;
+  product : none, but 4 P for a shift that is not contiguous; with parts of statistics, which are
+            results too, 8 P for each tile of 64 or 128 positions;
   outer   : what `triton_outer.py` states, 8.1 MiB at most.
 
 Unverified: no GPU has run these kernels.
@@ -41,11 +43,29 @@ def product(
     maps: bool = False,
 ) -> torch.Tensor:
     """Features (B,N,C), weights (P,C), shift (P,), base (B,N,P) -> (B,N,P), as maps or rows."""
+    return _product(sources, shift, base, maps, False)[0]
+
+
+def product_and_parts(
+    sources: Sources, shift: torch.Tensor | None, base: torch.Tensor | None, maps: bool
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The product, and statistics of its tiles as it is rounded.
+
+    Returns:
+        (B,N,P); mean and sum of squared distances from it of each tile's channels, (B,S,2,P) for S
+        tiles of an item; the positions of a tile, of which an item's last one may have less.
+    """
+    return _product(sources, shift, base, maps, True)
+
+
+def _product(sources, shift, base, maps, moments):
     assert len(sources) <= MOST
     features, (channels, _) = sources[0][0], sources[0][1].shape
     out = like(features, channels, maps)
     depth = sum(weight.shape[1] for _, weight in sources)
     problem = PointwiseProblem.of(features, depth, channels)
+    # Those of the last run are those of the result: a kernel that is timed runs several times.
+    found = [(out.new_empty(0, dtype=torch.float32), 1)]
     pairs = [(rows, weight.unsqueeze(0)) for rows, weight in sources]
     target, added = (t if t is None or not maps else t.mT for t in (out, base))
     touched = [t for pair in pairs for t in pair] + [target] + [added] * (added is not None)
@@ -54,7 +74,11 @@ def product(
 
     def run(config: Config) -> None:
         rows, columns = config.rows, config.columns
-        tiles = triton.cdiv(problem.positions, rows) * triton.cdiv(channels, columns)
+        runs = triton.cdiv(problem.positions, rows)
+        tiles = runs * triton.cdiv(channels, columns)
+        if moments:
+            sizes = (problem.batch, runs, 2, channels)
+            found[0] = out.new_empty(sizes, dtype=torch.float32), rows
         height, width = (columns, rows) if maps else (rows, columns)
         read, strides = [], []
         for own, others in pairs:
@@ -72,6 +96,7 @@ def product(
             of.source,
             to.source,
             out if shift is None else shift.contiguous(),
+            found[0][0] if moments else out,
             *strides,
             *of.strides,
             *to.strides[:2],
@@ -82,6 +107,7 @@ def product(
             MAPS=maps,
             SHIFT=shift is not None,
             BASE=base is not None,
+            MOMENTS=moments,
             FIRST=read[0].layout,
             FIRST_WEIGHT=read[1].layout,
             SECOND=read[2].layout,
@@ -100,7 +126,7 @@ def product(
     shipped = _candidates(problem, _launch.architecture(features.device))
     shipped = suited(shipped, *touched)
     _tune.run_best("pointwise_product", problem, features.device, shipped, run)
-    return out
+    return out, *found[0]
 
 
 def _candidates(problem: PointwiseProblem, architecture: int) -> list[Config]:
@@ -137,6 +163,7 @@ def _product_kernel(
     base,
     out,
     shift,
+    parts,
     first_depth,
     first_item,
     first_row,
@@ -166,6 +193,7 @@ def _product_kernel(
     MAPS: tl.constexpr,
     SHIFT: tl.constexpr,
     BASE: tl.constexpr,
+    MOMENTS: tl.constexpr,
     FIRST: tl.constexpr,
     FIRST_WEIGHT: tl.constexpr,
     SECOND: tl.constexpr,
@@ -223,10 +251,46 @@ def _product_kernel(
             base, BASE_LAYOUT, item, row, column, rows, columns,
             base_item, base_row, base_column, HEIGHT, WIDTH, WIDE,
         ).to(tl.float32)  # fmt: skip
+    total = tile.rounded(out, OUT, total)
+    if MOMENTS:
+        _add_up(
+            parts, total.to(tl.float32), item, position, channel, positions, channels,
+            MAPS, ROWS, COLUMNS,
+        )  # fmt: skip
     tile.store(
         out, OUT, total, item, row, column, rows, columns, out_item, out_row, 1,
         HEIGHT, WIDTH, WIDE,
     )  # fmt: skip
+
+
+@triton.jit
+def _add_up(
+    parts,
+    total,
+    item,
+    position,
+    channel,
+    positions,
+    channels,
+    MAPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Write mean and squared distances of the channels of a tile, of the positions that exist."""
+    AXIS: tl.constexpr = 1 if MAPS else 0
+    inside = position + tl.arange(0, ROWS) < positions
+    inside = inside[None, :] if MAPS else inside[:, None]
+    count = tl.minimum(ROWS, positions - position).to(tl.float32)
+    mean = tl.sum(tl.where(inside, total, 0.0), AXIS) / count
+    distance = tl.where(inside, total - (mean[:, None] if MAPS else mean[None, :]), 0.0)
+    # The mean is rounded: what it is off by would count as variance where it is large.
+    off = tl.sum(distance, AXIS)
+    squares = tl.sum(distance * distance, AXIS) - off * off / count
+    own = channel + tl.arange(0, COLUMNS)
+    run = item.to(tl.int64) * tl.cdiv(positions, ROWS) + position // ROWS
+    to = parts + 2 * run * channels + own
+    tl.store(to, mean + off / count, mask=own < channels)
+    tl.store(to + channels, squares, mask=own < channels)
 
 
 @triton.jit

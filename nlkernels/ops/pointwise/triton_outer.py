@@ -76,23 +76,30 @@ def outer(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.
             PRECISION=_launch.precision(left.dtype),
         )
         if runs > 1:
-            _launch.launch(
-                _outer_combine,
-                (triton.cdiv(whole, _COMBINED.columns),),
-                parts,
-                products,
-                sums,
-                rows,
-                columns,
-                runs,
-                config=_COMBINED,
-                RUNS=_COMBINED.rows,
-                NUMBERS=_COMBINED.columns,
-            )
+            add_runs(parts, products, sums)
 
     shipped = suited(candidates(problem, _launch.architecture(device)), left, right)
     _tune.run_best("pointwise_outer", problem, device, shipped, run)
     return products, sums
+
+
+def add_runs(parts: torch.Tensor, products: torch.Tensor, sums: torch.Tensor) -> None:
+    """Add the rows of parts into products and, behind these in every row, sums; all contiguous."""
+    runs, whole = parts.shape
+    rows = sums.shape[0]
+    _launch.launch(
+        _outer_combine,
+        (triton.cdiv(whole, _COMBINED.columns),),
+        parts,
+        products,
+        sums,
+        rows,
+        whole // rows - 1,
+        runs,
+        config=_COMBINED,
+        RUNS=_COMBINED.rows,
+        NUMBERS=_COMBINED.columns,
+    )
 
 
 def candidates(problem: PointwiseProblem, architecture: int) -> list[Config]:
