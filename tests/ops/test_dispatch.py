@@ -53,12 +53,14 @@ def test_cpp_is_first_on_a_cpu_where_it_was_measured(wide):
                 assert explanation.reasons["chunked"].startswith("slower than cpp: ")
     for dtype, narrow, wide_depth in (
         (torch.float16, "cpp", "cpp"),
-        (torch.bfloat16, "chunked", "chunked"),
+        (torch.bfloat16, "chunked", "cpp"),
         (torch.float32, "chunked", "cpp"),
         (torch.float64, "chunked", "cpp"),
     ):
         assert chosen("dot_product", dtype, depth=127).backend == narrow
         assert chosen("dot_product", dtype, depth=128).backend == wide_depth
+    deep = chosen("dot_product", torch.bfloat16, depth=257)
+    assert deep.backend == "chunked" and "the backward runs in cpp" in str(deep)
 
 
 @needs_compiler
@@ -76,7 +78,7 @@ def test_reasons_speak_of_the_backend_they_are_given_for(isa, monkeypatch, no_co
     monkeypatch.setattr(_ext, "isa_name", lambda: isa)
     for kind, dtype in itertools.product(("softmax", "relu", "dot_product"), SHORT):
         explanation = chosen(kind, dtype, depth=128, value_depth=128)
-        first = isa == "portable" or (kind, dtype) == ("dot_product", torch.bfloat16)
+        first = isa == "portable"
         reason = explanation.reasons[explanation.backend]
         assert reason.startswith("next after cpp (") == (not first), reason
         if "fast as chunked" in reason:
