@@ -20,7 +20,7 @@ from tests.gates import compiling, table, variants
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = metadata.version("triton")
-# In all, over both versions of Triton: some 200 for each of ten families, a second or two of a core each.
+# In all, over both versions of Triton: some 200 for each of ten families, a second each.
 MOST_VARIANTS = 2000
 COMMITTED = sorted(Path(__file__).parent.glob("table-*.json"))
 
