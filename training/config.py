@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from . import config_data
+from .config_data import DataConfig
+
 VARIANTS = ("none", "naive", "fast", "local", "frame")
 
 
@@ -30,44 +33,6 @@ class ModelConfig:
     """Options of every block, as ``NonLocalBlock3d`` takes them."""
     dropout: float | None = None
     """Dropout probability before the classifier; unset takes the model's own."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which clips, and how they are read."""
-
-    kind: Literal["synthetic", "folder"] = "synthetic"
-    """``synthetic`` writes and reads generated video files, ``folder`` reads yours."""
-    root: str | None = None
-    """Folder of the videos; unset puts generated files under ``run.out``."""
-    frames: int = 8
-    """Frames of a clip."""
-    stride: int = 1
-    """Distance between two frames of a clip, in video frames."""
-    size: int = 48
-    """Height and width of a clip, in pixels."""
-    short_side: tuple[int, int] = (56, 64)
-    """Range of the short side before cropping, in pixels; tests use the first."""
-    flip: bool = True
-    """Mirror half of the training clips left to right."""
-    split_by: Literal["folder", "time"] = "folder"
-    """``folder``: root/train and root/test; ``time``: the last part of each video is the test."""
-    holdout: float = 0.3
-    """Share of each video that is kept for testing (``split_by: time`` only)."""
-    train_files: int = 2000
-    """Generated training files (synthetic only)."""
-    test_files: int = 500
-    """Generated test files (synthetic only)."""
-    test_clips: int = 1
-    """Clips per test video; their softmax scores are averaged."""
-    seed: int = 0
-    """Seed of the generated files."""
-    workers: int = 0
-    """Loader processes; 0 reads in the training process."""
-    timeout_s: float = 120.0
-    """Longest wait for a batch from the loader processes before it is an error, in seconds."""
-    preload: bool = False
-    """Keep the decoded videos in memory."""
 
 
 @dataclass(frozen=True)
@@ -166,16 +131,9 @@ class Config:
     """What ``nlk compare`` compares."""
 
 
-_MINIMUM = {
+_MINIMUM = config_data.MINIMUM | {
     "model.num_classes": 2,
     "model.blocks": 0,
-    "data.frames": 1,
-    "data.stride": 1,
-    "data.size": 1,
-    "data.train_files": 2,
-    "data.test_files": 2,
-    "data.test_clips": 1,
-    "data.workers": 0,
     "optim.warmup": 0,
     "optim.steps": 1,
     "optim.batch": 1,
@@ -187,7 +145,7 @@ _MINIMUM = {
     "compare.profile.size": 1,
     "compare.profile.rounds": 1,
 }
-_POSITIVE = ("model.width", "data.timeout_s", "optim.epochs", "compare.memory_gib")
+_POSITIVE = (*config_data.POSITIVE, "model.width", "optim.epochs", "compare.memory_gib")
 _NOT_NEGATIVE = ("optim.lr", "optim.weight_decay", "optim.momentum", "optim.gamma")
 
 
@@ -251,21 +209,7 @@ def _check_combinations(config: Config) -> None:
             f"config: expected one of optim.steps and optim.epochs, got {both}; "
             "set one and give the other as null"
         )
-    if not 0 < data.holdout < 1:
-        raise ValueError(
-            f"config: expected 0 < data.holdout < 1, got {data.holdout}; set data.holdout=0.3"
-        )
-    low, high = data.short_side
-    if not data.size <= low <= high:
-        raise ValueError(
-            f"config: expected data.size <= data.short_side[0] <= data.short_side[1], got "
-            f"{data.size}, {low}, {high}; enlarge data.short_side"
-        )
-    if data.kind == "folder" and data.root is None:
-        raise ValueError(
-            "config: expected data.root to name the folder of the videos, got nothing; "
-            "add data.root=DIR"
-        )
+    config_data.check_data(data)
     if optim.nesterov and optim.name == "sgd" and optim.momentum == 0:
         raise ValueError(
             "config: expected optim.momentum > 0 with optim.nesterov, got 0; "

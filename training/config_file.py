@@ -16,20 +16,14 @@ from typing import Any, Literal
 import yaml
 
 from .config import Config, check_values, known_keys, suggestion, value_of
+from .config_data import IGNORED_WHEN as IGNORED_WHEN_DATA
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 # (key that is ignored, key that decides, does the resolved value of that key ignore it?)
 _IGNORED_WHEN = (
+    *IGNORED_WHEN_DATA,
     ("model.block", "model.blocks", lambda blocks: blocks == 0),
-    ("data.stride", "data.kind", lambda kind: kind == "synthetic"),
-    ("data.split_by", "data.kind", lambda kind: kind == "synthetic"),
-    ("data.holdout", "data.kind", lambda kind: kind == "synthetic"),
-    ("data.train_files", "data.kind", lambda kind: kind == "folder"),
-    ("data.test_files", "data.kind", lambda kind: kind == "folder"),
-    ("data.seed", "data.kind", lambda kind: kind == "folder"),
-    ("data.holdout", "data.split_by", lambda split_by: split_by == "folder"),
-    ("data.timeout_s", "data.workers", lambda workers: workers == 0),
     ("optim.momentum", "optim.name", lambda name: name == "adamw"),
     ("optim.nesterov", "optim.name", lambda name: name == "adamw"),
     ("optim.milestones", "optim.schedule", lambda schedule: schedule != "step"),

@@ -1,30 +1,52 @@
 """From configuration to batches: data sets, the order of training clips, loaders with time-outs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from nlkernels.models.classes import read_names
 
 from .config import Config
-from .data.dataset import FolderDataset
-from .data.reader import VideoReadError
+from .config_data import DataConfig, view_side, view_size
+from .data.augment import Augmentation
+from .data.crops import TestCrops
+from .data.dataset import ClipDataset, DecodeRateError
+from .data.folder import FolderDataset
+from .data.frame_folders import Naming
+from .data.listed import ListDataset, ListFormat
+from .data.lists import Listing, direction_classes, numbered_names
+from .data.openers import FileOpener
+from .data.reader import VideoReadError, choose_reader
+from .data.samplers_segments import make_sampler
 from .data.synthetic import write_synthetic
-from .data.transforms import TestTransform, TrainTransform
+from .data.transforms import TestTransform, TrainTransform, Transform
+
+_CROPS = {
+    "centre": "centre crop {size} x {size}",
+    "three": "3 crops {size} x {size} along the longer side",
+    "three_random": "3 random crops {size} x {size}",
+    "five": "5 crops {size} x {size}",
+    "ten": "10 crops {size} x {size}, half of them mirrored",
+    "six_flip": "6 crops {size} x {size}, half of them mirrored",
+    "full": "whole frames of short side {side}",
+}
 
 
 @dataclass(frozen=True)
 class Data:
     """Training and test clips of a run."""
 
-    train: FolderDataset
+    train: ClipDataset
     """Random clips of the training videos."""
-    test: FolderDataset
-    """Fixed clips of the test videos."""
+    test: ClipDataset
+    """Fixed clips of the test videos; ``test.video_of`` says which video a clip is of."""
     protocol: str
     """How test clips are taken; belongs to every accuracy."""
 
@@ -44,16 +66,16 @@ class Data:
 
 
 def load_data(config: Config, *, seed: int) -> Data:
-    """Generate the files if they are to be generated, then try every file of both splits.
+    """Generate the files if they are to be generated, or read the lists; try files as configured.
 
     Args:
         config: Sections ``data``, ``model`` and ``run``.
         seed: Seed of the random clips of training.
 
     Raises:
-        FileNotFoundError: No such folder.
+        FileNotFoundError: No such folder or list.
         ValueError: No readable video, fewer than two classes, or not ``model.num_classes``.
-        ImportError: decord (or PyAV, for generated files) is missing.
+        ImportError: No decoder (or PyAV, for generated files) is installed.
     """
     data = config.data
     root = Path(config.run.out, "data") if data.root is None else Path(data.root)
@@ -66,8 +88,11 @@ def load_data(config: Config, *, seed: int) -> Data:
             frames=data.frames,
             size=data.size,
         )
-    train = _split(config, root, seed, "train")
-    test = _split(config, root, seed, "test")
+    if data.kind == "list":
+        train, test = _listed(data, seed)
+    else:
+        train = _folder(data, root, seed, "train")
+        test = _folder(data, root, seed, "test")
     if train.classes != test.classes:
         missing = sorted(set(train.classes) ^ set(test.classes))
         raise ValueError(
@@ -76,37 +101,116 @@ def load_data(config: Config, *, seed: int) -> Data:
         )
     wanted = config.model.num_classes
     if wanted is not None and wanted != len(train.classes):
+        names = ", ".join(train.classes[:10]) + (", ..." if len(train.classes) > 10 else "")
         raise ValueError(
             f"data: expected model.num_classes={wanted} classes in {root}, got "
-            f"{len(train.classes)} ({', '.join(train.classes)}); leave model.num_classes unset"
+            f"{len(train.classes)} ({names}); leave model.num_classes unset"
         )
-    clips = "1 clip" if data.test_clips == 1 else f"{data.test_clips} clips"
-    return Data(
-        train,
-        test,
-        f"{clips} of {data.frames} frames per video, centre crop {data.size} x {data.size}",
+    return Data(train, test, _protocol(data, test))
+
+
+def _protocol(data: DataConfig, test: ClipDataset) -> str:
+    views = test.views_per_video
+    if views is None:
+        clips = "all clips"
+    else:
+        count = views // test.transform.crops
+        clips = "1 clip" if count == 1 else f"{count} clips"
+    crops = _CROPS[data.test_crops].format(size=view_size(data), side=view_side(data))
+    rules = "" if data.sampler == data.crop_rule == "caffe2" else f" ({data.sampler})"
+    return f"{clips} of {data.frames} frames per video, {crops}{rules}"
+
+
+def _transform(
+    data: DataConfig, split: Literal["train", "test"], classes: Sequence[str]
+) -> Transform:
+    if split == "test":
+        windows = TestCrops(data.test_crops, data.crop_rule, view_side(data), view_size(data))
+        return TestTransform(windows, data.colours, data.channels)
+    return TrainTransform(
+        Augmentation(data.augment, data.short_side, data.size),
+        flip=data.flip,
+        unflipped=frozenset() if data.flip_directions else direction_classes(classes),
+        colours=data.colours,
+        channels=data.channels,
+        jitter=data.colour_jitter,
     )
 
 
-def _split(config: Config, root: Path, seed: int, split: Literal["train", "test"]) -> FolderDataset:
-    data = config.data
+def _folder(
+    data: DataConfig, root: Path, seed: int, split: Literal["train", "test"]
+) -> ClipDataset:
     synthetic = data.kind == "synthetic"
-    if split == "train":
-        transform = TrainTransform(data.short_side, data.size, data.flip)
-    else:
-        transform = TestTransform(data.short_side[0], data.size)
-    return FolderDataset(
+    clips = FolderDataset(
         root,
         split=split,
-        frames=data.frames,
-        stride=1 if synthetic else data.stride,
-        transform=transform,
+        sampler=make_sampler(
+            data.sampler,
+            frames=data.frames,
+            stride=1 if synthetic else data.stride,
+            clips=data.test_clips,
+        ),
+        transform=_transform(data, split, ()),
         seed=seed,
         preload=data.preload,
-        test_clips=data.test_clips,
         split_by="folder" if synthetic else data.split_by,
         holdout=data.holdout,
+        reader=data.reader,
+        child_timeout_s=data.decode_timeout_s if data.decode == "child" else None,
+        max_failed=data.max_failed,
     )
+    # The folders name the classes, and the names say which must not be mirrored.
+    clips.transform = _transform(data, split, clips.classes)
+    return clips
+
+
+def _listed(data: DataConfig, seed: int) -> tuple[ClipDataset, ClipDataset]:
+    layout = ListFormat(
+        data.list_format,
+        separator=data.separator,
+        path_template=data.path_template,
+        class_order=data.class_order,
+        ground_truth=data.ground_truth,
+    )
+    train = layout.read(data.train_list, training=True)
+    test = layout.read(
+        data.train_list if data.test_list is None else data.test_list,
+        training=False,
+        classes=train.classes,
+    )
+    if data.class_names is not None:
+        classes = read_names(data.class_names)
+    else:
+        classes = numbered_names([train, test]) if train.classes is None else train.classes
+    if len(classes) < 2:
+        raise ValueError(
+            f"data: expected at least two classes in {data.train_list}, got {len(classes)}; "
+            "check data.list_format"
+        )
+    if data.reader in ("frames", "flow"):
+        opener = Naming(data.template, flow=data.reader == "flow", first=data.first_frame)
+    else:
+        inside = data.decode == "inside"
+        opener = FileOpener(choose_reader(data.reader), None if inside else data.decode_timeout_s)
+
+    def split(name: Literal["train", "test"], listing: Listing) -> ClipDataset:
+        return ListDataset(
+            listing,
+            classes,
+            root="" if data.root is None else data.root,
+            training=name == "train",
+            sampler=make_sampler(
+                data.sampler, frames=data.frames, stride=data.stride, clips=data.test_clips
+            ),
+            transform=_transform(data, name, classes),
+            seed=seed,
+            opener=opener,
+            check="exists" if data.check == "auto" else data.check,
+            timeout_s=data.decode_timeout_s,
+            max_failed=data.max_failed,
+        )
+
+    return split("train", train), split("test", test)
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -146,42 +250,66 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         return np.random.default_rng([self._seed, epoch]).permutation(self._clips).tolist()
 
 
-class _Numbered(Dataset[tuple[Tensor, int, int]]):
-    """A data set's clips with their numbers, each drawn as in the epoch that the sampler names."""
+class _Numbered(Dataset[tuple[Any, ...]]):
+    """A data set's clips with their numbers, each drawn as in the epoch that the sampler names.
 
-    def __init__(self, clips: FolderDataset) -> None:
-        self._clips = clips
+    Args:
+        clips: Data set.
+        decoded: Give frames and views in place of network input.
+    """
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
+    def __init__(self, clips: ClipDataset, *, decoded: bool = False) -> None:
+        self._clips, self._decoded = clips, decoded
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
         epoch, number = key
         self._clips.set_epoch(epoch)
+        if self._decoded:
+            return (*self._clips.decoded(number), number)
         clip, label = self._clips[number]
         return clip, label, number
 
 
+def _as_lists(items: list[tuple[Any, ...]]) -> tuple[list[Any], list[Any], Tensor, Tensor]:
+    """Frames and views of a batch in lists: their sizes differ until they are rendered."""
+    frames, views, labels, numbers = zip(*items, strict=True)
+    return list(frames), list(views), torch.tensor(labels), torch.tensor(numbers)
+
+
 class Batches:
-    """Clips (B, 3, T, H, W), labels (B,) and clip numbers (B,), a batch per item of an order.
+    """Clips (B, C, T, H, W), labels (B,) and clip numbers (B,), a batch per item of an order.
+
+    With ``data.augment_on: device`` clips are on ``run.device``, else on the CPU.
 
     What goes wrong in a loader process arrives as an error of ours: TimeoutError for one that
-    hangs, VideoReadError for a video that fails again and again.
+    hangs, VideoReadError for a video that fails again and again, DecodeRateError for too many.
 
     Args:
         clips: Data set.
         order: (epoch, clip number) pairs of every batch.
-        config: Section ``data``.
+        config: Sections ``data`` and ``run``.
     """
 
     def __init__(
         self,
-        clips: FolderDataset,
-        order: Sequence[list[tuple[int, int]]] | StepSampler,
+        clips: ClipDataset,
+        order: Sequence[list[tuple[int, int]]] | Sampler[list[tuple[int, int]]],
         config: Config,
     ) -> None:
         workers = config.data.workers
+        self._render: Callable[..., Tensor] | None = None
+        if config.data.augment_on == "device":
+            self._render = clips.transform.render
+        self._device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu")
+            if config.run.device == "auto"
+            else config.run.device
+        )
         self._loader = DataLoader(
-            _Numbered(clips),
+            _Numbered(clips, decoded=self._render is not None),
             batch_sampler=order,
             num_workers=workers,
+            collate_fn=default_collate if self._render is None else _as_lists,
             # A hanging decoder is an error, not a hanging run.
             timeout=config.data.timeout_s if workers > 0 else 0,
             # Its own: a loader that starts draws a seed, and dropout must not notice a resumed run.
@@ -191,35 +319,52 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         try:
-            yield from self._loader
-        except VideoReadError as error:
-            if error.reason:
+            for batch in self._loader:
+                yield self._rendered(*batch) if self._render else tuple(batch)
+        except (VideoReadError, DecodeRateError) as error:
+            text = str(error)
+            if "Traceback (most recent call last)" not in text:
                 raise
             # From a loader process comes the text of its traceback, which ends with the message.
             # Its traceback here goes: it would keep the loader alive, and its processes waiting.
-            message = str(error).splitlines()[-1].partition("Error: ")[2]
-            raise VideoReadError(message) from error.with_traceback(None)
+            message = text.strip().splitlines()[-1].partition("Error: ")[2]
+            raise type(error)(message) from error.with_traceback(None)
         except RuntimeError as error:
             # DataLoader has no class of its own for a process that hangs.
             if "timed out" not in str(error):
                 raise
             raise TimeoutError(
                 f"data: expected a batch in time, got: {error}; a video may hang its decoder, "
-                "or raise data.timeout_s"
+                "set data.decode=child or raise data.timeout_s"
             ) from error
+
+    def _rendered(
+        self, frames: list[Tensor], views: list[Any], labels: Tensor, numbers: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        clips = [
+            self._render(one.to(self._device, non_blocking=True), view)
+            for one, view in zip(frames, views, strict=True)
+        ]
+        return torch.stack(clips), labels, numbers
 
 
 def training_batches(
-    clips: FolderDataset, config: Config, *, seed: int, steps: int, start: int = 0
+    clips: ClipDataset, config: Config, *, seed: int, steps: int, start: int = 0
 ) -> Batches:
     """Batches of step ``start`` onwards."""
     order = StepSampler(len(clips), batch=config.optim.batch, steps=steps, start=start, seed=seed)
     return Batches(clips, order, config)
 
 
-def test_batches(clips: FolderDataset, config: Config) -> Batches:
-    """All clips once, in order, in batches as in training."""
+def test_batches(clips: ClipDataset, config: Config) -> Batches:
+    """All clips once, in order, in batches as in training; whole frames of one video at a time."""
     numbers = [(0, number) for number in range(len(clips))]
-    size = config.optim.batch
-    order = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    if config.data.test_crops == "full":
+        # Frames of different videos have different sizes.
+        cuts = [n for n in range(1, len(clips)) if clips.video_of(n) != clips.video_of(n - 1)]
+        edges = [0, *cuts, len(clips)]
+        order = [numbers[start:end] for start, end in pairwise(edges)]
+    else:
+        size = config.optim.batch
+        order = [numbers[start : start + size] for start in range(0, len(numbers), size)]
     return Batches(clips, order, config)

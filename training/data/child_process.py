@@ -1,8 +1,11 @@
-"""The process that decodes for `scan.scan_videos`; it must not import torch.
+"""The process that decodes for `child.Child`; it must not import torch.
 
-Its arguments are the reader class as ``module:Class`` and the seconds one video may take. Requests
-come as JSON lines on standard input, answers go to standard output as JSON lines, each followed by
-as many raw bytes as it announces. The process ends when its input does.
+Its arguments are the reader class as ``module:Class`` and the seconds one request may take.
+Requests come as JSON lines on standard input, answers go to standard output as JSON lines, each
+followed by as many raw bytes as it announces. The process ends when its input does.
+
+Requests: ``try`` decodes three frames of a file, or all of them if a limit is given; ``open`` opens
+one and answers its length; ``frames`` decodes frames of the open one.
 """
 
 import importlib
@@ -33,39 +36,61 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     signal.setitimer(signal.ITIMER_REAL, _START_S)
     module, _, name = reader_name.partition(":")
-    reader = getattr(importlib.import_module(module), name)
+    decoder = _Decoder(getattr(importlib.import_module(module), name))
     _answer(answers, {"ready": True})
     for line in sys.stdin.buffer:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, timeout_s)
-        answer, pixels = _decode(reader, request["path"], request["max_bytes"])
+        answer, pixels = decoder.serve(request)
         signal.setitimer(signal.ITIMER_REAL, 0)
         _answer(answers, answer, pixels)
 
 
-def _decode(
-    reader: Any, path: str, max_bytes: int | None
-) -> tuple[dict[str, Any], np.ndarray | None]:
-    """Decode three frames, or all of them if a limit is given; answer and pixels to send."""
-    try:
-        with closing(reader.open(path)) as video:
-            frames = getattr(video, "frames_array", video.frames)
+class _Decoder:
+    """Serves requests with a reader class; keeps one video open between them."""
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+        self._video: Any = None
+
+    def serve(self, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
+        """Answer and pixels to send."""
+        try:
+            if request["do"] == "try":
+                return self._try(request["path"], request["max_bytes"])
+            if request["do"] == "open":
+                if self._video is not None:
+                    self._video.close()
+                    self._video = None
+                self._video = self._reader.open(request["path"])
+                return {"num_frames": len(self._video), "fps": float(self._video.fps)}, None
+            pixels = np.ascontiguousarray(_frames(self._video, request["indices"]))
+            return {"shape": list(pixels.shape), "bytes": pixels.nbytes}, pixels
+        except VideoReadError as error:
+            return {"error": error.reason}, None
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"}, None
+
+    def _try(self, path: str, max_bytes: int | None) -> tuple[dict[str, Any], np.ndarray | None]:
+        with closing(self._reader.open(path)) as video:
             length = len(video)
             if max_bytes is None:
                 # From first to last in one call: where a wrong length in the container shows.
-                frames(sorted({0, length // 2, length - 1}))
-                return {"num_frames": length}, None
-            first = np.asarray(frames([0]))
+                _frames(video, sorted({0, length // 2, length - 1}))
+                return {"num_frames": length, "fps": float(video.fps)}, None
+            first = _frames(video, [0])
             needed = length * first.nbytes
-            answer = {"num_frames": length, "shape": list(first.shape[1:]), "needed": needed}
+            answer = {"num_frames": length, "fps": float(video.fps)}
+            answer |= {"shape": list(first.shape[1:]), "needed": needed}
             if needed > max_bytes:
                 return answer, None
-            pixels = np.ascontiguousarray(frames(range(length)))
+            pixels = np.ascontiguousarray(_frames(video, range(length)))
             return answer | {"bytes": pixels.nbytes}, pixels
-    except VideoReadError as error:
-        return {"error": error.reason}, None
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}, None
+
+
+def _frames(video: Any, indices: Any) -> np.ndarray:
+    """Frames as an array, without torch where the reader can."""
+    return np.asarray(getattr(video, "frames_array", video.frames)(indices))
 
 
 def _answer(answers: BinaryIO, answer: dict[str, Any], pixels: np.ndarray | None = None) -> None:

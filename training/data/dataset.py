@@ -1,82 +1,83 @@
-"""Clips of the videos in a folder, decoded when they are asked for or kept decoded in memory."""
+"""Clips of videos: which one an index stands for, and what happens if it cannot be decoded."""
 
-import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-from .reader import VideoReadError, open_video
-from .sampling import random_clip, time_split, uniform_clip
-from .scan import ScannedVideo, scan_videos
+from .reader import VideoReader, VideoReadError
+from .samplers import Sampler
+from .transforms import Transform
+from .views import View
 
-EXTENSIONS = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
-
-# Clips drawn from one video before its damage is an error.
+# Clips drawn from one video before another one takes its place, or its damage is an error.
 _ATTEMPTS = 3
+# Videos tried in place of one that fails, for training.
+_REPLACEMENTS = 5
+# Clips over which the share of failures is judged at least.
+_JUDGED = 200
+# Loader processes that count clips apart from each other; more share their counters.
+_SLOTS = 64
 
-Transform = Callable[[Tensor, torch.Generator], Tensor]
+
+class DecodeRateError(RuntimeError):
+    """More clips could not be decoded than are allowed."""
 
 
 @dataclass(frozen=True)
-class _Video:
-    """A video that can be decoded, and the frames of it that belong to the split."""
+class Video:
+    """A video of a data set.
+
+    Attributes:
+        path: Its file or folder.
+        label: Number of its class.
+        frames: Frames that belong to the data set; None for all of a video whose length and frame
+            rate are known when it is opened.
+        fps: Frames per second.
+    """
 
     path: str
     label: int
-    frames: range
+    frames: range | None = None
+    fps: float = 30.0
 
 
-class FolderDataset(Dataset[tuple[Tensor, int]]):
-    """Labelled clips of the videos in a folder.
+class Opener(Protocol):
+    """How videos are opened; goes to loader processes with the data set."""
 
-    ``split_by="folder"`` reads ``root/train/CLASS/*`` and ``root/test/CLASS/*``; the classes are
-    the folders of ``root/train``. ``split_by="time"`` reads ``root/CLASS/*`` and videos directly in
-    ``root``, whose class is their name; the first part of every video trains, the last part tests.
-    Files are videos by their extension (`EXTENSIONS`); all others are ignored.
+    def __call__(self, number: int, video: Video) -> VideoReader:
+        """Open video ``number`` of the data set; `VideoReadError` if that is impossible."""
 
-    Every file is tried first, in child processes that survive a hanging decoder; what cannot be
-    decoded is left out and listed in `problems`. A training clip is a pure function of (seed,
-    epoch, index) and a test clip of its index, for any number of loader processes.
+
+class ClipDataset(Dataset[tuple[Tensor, int]]):
+    """Labelled clips of videos.
+
+    For training, one random clip per video and epoch; else the test clips of the sampler, each with
+    all crops of the transform, those of a clip next to each other, and those of a video. A training
+    clip is a pure function of (seed, epoch, index) and a test clip of its index, for any number of
+    loader processes.
+
+    A clip that cannot be decoded is replaced by another one of its video; a training video that
+    fails again and again by another video. Failures are counted, and too many are an error.
 
     Args:
-        root: Folder of the videos.
-        split: ``train`` gives one random clip per video and epoch, ``test`` gives ``test_clips``
-            evenly spread ones per video, those of a video next to each other.
-        frames: Frames of a clip; a clip longer than its video goes on at the beginning.
-        stride: Distance between two frames of a clip, in video frames.
-        transform: Frames (T, H, W, 3) uint8 and a generator to network input (3, T, h, w).
+        videos: The videos.
+        classes: Names of the classes by number.
+        training: Random clips.
+        sampler: Which frames are a clip.
+        transform: What is done with them.
+        opener: How videos are opened.
         seed: Seed of all random choices.
-        preload: Decode every video once, here, and keep the frames in memory (twice as much of it
-            while they are collected). Loader processes share that memory.
-        test_clips: Clips per test video.
-        split_by: How training and test are told apart.
-        holdout: Share of each video that tests (``split_by="time"`` only).
-        preload_limit_mib: Most memory for preloaded frames, in MiB.
-        scan_timeout_s: Longest time for trying one file, in seconds.
-
-    Attributes:
-        classes: Names of the classes, sorted; a label is a position in it.
-        problems: (path, reason) of every file that was left out.
+        problems: (path, reason) of every video that was left out.
+        max_failed: Share of the training clips that may fail, from 0 to 1.
 
     Raises:
-        FileNotFoundError: No such folder.
-        ValueError: No readable video, fewer than two classes, or frames beyond the memory limit.
-        ImportError: decord is not installed.
-
-    Example:
-        >>> from nlkernels.training.data.transforms import TrainTransform
-        >>> def training_clips(root):
-        ...     transform = TrainTransform(short_side=(256, 320), size=224)
-        ...     return FolderDataset(
-        ...         root, split="train", frames=8, stride=8, transform=transform, seed=0
-        ...     )
+        ValueError: No videos, or a number of test clips that depends on an unknown length.
     """
 
     classes: list[str]
@@ -84,90 +85,84 @@ class FolderDataset(Dataset[tuple[Tensor, int]]):
 
     def __init__(
         self,
-        root: str | os.PathLike[str],
+        videos: Sequence[Video],
+        classes: Sequence[str],
         *,
-        split: Literal["train", "test"],
-        frames: int,
-        stride: int,
+        training: bool,
+        sampler: Sampler,
         transform: Transform,
+        opener: Opener,
         seed: int,
-        preload: bool = False,
-        test_clips: int = 1,
-        split_by: Literal["folder", "time"] = "folder",
-        holdout: float = 0.3,
-        preload_limit_mib: float = 1024.0,
-        scan_timeout_s: float = 30.0,
+        problems: Sequence[tuple[str, str]] = (),
+        max_failed: float = 0.05,
     ) -> None:
-        _check_arguments(split, split_by, frames, stride, test_clips, holdout)
-        self.transform = transform
-        self._split, self._frames, self._stride, self._seed = split, frames, stride, seed
-        self._clips = test_clips if split == "test" else 1
-        self._epoch = 0
-
-        def part(num_frames: int) -> range:
-            if split_by == "folder":
-                return range(num_frames)
-            if num_frames < 2:
-                return range(0)
-            cut = time_split(num_frames, holdout)
-            return range(cut) if split == "train" else range(cut, num_frames)
-
-        files = _find_videos(Path(root), split, split_by)
-        scanned = scan_videos(
-            [path for path, _ in files],
-            timeout_s=scan_timeout_s,
-            keep=part if preload else None,
-            limit_mib=preload_limit_mib,
-        )
-        usable, self.problems = [], []
-        for video, (_, name) in zip(scanned, files, strict=True):
-            if video.reason:
-                self.problems.append((video.path, video.reason))
-            elif len(part(video.num_frames)) == 0:
-                self.problems.append((video.path, "one frame, too few to split by time"))
-            else:
-                usable.append((video, name))
-        present = sorted({name for _, name in usable})
-        self.classes = _class_folders(Path(root) / "train") if split_by == "folder" else present
-        _check_classes(root, present if split == "train" else self.classes, self.problems)
-        labels = {name: label for label, name in enumerate(self.classes)}
-        self._videos = [
-            _Video(video.path, labels[name], part(video.num_frames)) for video, name in usable
+        if not training and sampler.by_length:
+            unknown = [video.path for video in videos if video.frames is None]
+            if unknown:
+                raise ValueError(
+                    f"data: expected the lengths of all test videos, whose number of clips depends "
+                    f"on them, got none of {unknown[0]}; set data.check=decode"
+                )
+        self.sampler, self.transform = sampler, transform
+        self.classes, self.problems = list(classes), list(problems)
+        self._training, self._seed, self._max_failed = training, seed, max_failed
+        self._opener, self._epoch = opener, 0
+        counts = [
+            1 if training else sampler.test_clips(len(video.frames or ())) * transform.crops
+            for video in videos
         ]
-        self._memory = _Memory([video for video, _ in usable]) if preload else None
+        if 0 in counts:
+            self.problems += [
+                (video.path, "too short for a test clip")
+                for video, count in zip(videos, counts, strict=True)
+                if count == 0
+            ]
+        kept = [number for number, count in enumerate(counts) if count > 0]
+        self._videos, self._numbers = [videos[number] for number in kept], kept
+        if not self._videos:
+            got = f", the first of {len(problems)}: {problems[0]}" if problems else ""
+            raise ValueError(
+                f"data: expected videos that can be used, got none{got}; check paths and lists"
+            )
+        self._ends = np.cumsum([count for count in counts if count > 0])
         # Shared, so that what loader processes count is seen here.
         self._failures = torch.zeros(len(self._videos), dtype=torch.int64).share_memory_()
+        self._drawn = torch.zeros(_SLOTS, dtype=torch.int64).share_memory_()
+        # The last test clip that was decoded: its other crops come next.
+        self._last: tuple[tuple[int, int], Tensor] | None = None
 
     def __len__(self) -> int:
-        return len(self._videos) * self._clips
+        return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """The clip (3, T, h, w), float32, and its label.
+        """The clip (C, T, h, w), float32, and its label.
 
         Raises:
             IndexError: No such clip.
-            VideoReadError: Several clips in a row of this video could not be decoded.
+            VideoReadError: Several clips in a row could not be decoded.
+            DecodeRateError: Too many training clips could not be decoded.
+        """
+        frames, view, label = self.decoded(index)
+        return self.transform.render(frames, view), label
+
+    def decoded(self, index: int) -> tuple[Tensor, View, int]:
+        """Frames (T, H, W, C), uint8, of a clip, the view that is to be taken, and the label.
+
+        `__getitem__` without its last step, which can then be taken on another device.
         """
         index = range(len(self))[index]
-        number, clip = divmod(index, self._clips)
-        video = self._videos[number]
-        generator = _generator(self._seed, self._epoch if self._split == "train" else 0, index)
-        length = len(video.frames)
-        for attempt in range(_ATTEMPTS):
-            if self._split == "test" and attempt == 0:
-                chosen = uniform_clip(length, self._frames, self._stride, clip, self._clips)
-            else:
-                chosen = random_clip(length, self._frames, self._stride, generator)
-            try:
-                decoded = self._read(number, chosen)
-            except VideoReadError as error:
-                self._failures[number] += 1
-                last = error
-                continue
-            return self.transform(decoded, generator), video.label
-        raise VideoReadError(
-            video.path, f"{_ATTEMPTS} clips in a row failed, the last one: {last.reason}"
-        ) from last
+        number = self.video_of(index)
+        view = index - (int(self._ends[number - 1]) if number else 0)
+        clip, crop = divmod(view, self.transform.crops)
+        # All crops of a test clip are cut from the same frames.
+        epoch = self._epoch if self._training else 0
+        generator = _generator(self._seed, epoch, index - crop)
+        frames, number = self._frames(number, clip, generator)
+        if not self._training:
+            generator = _generator(self._seed, epoch, index)
+        label = self._videos[number].label
+        height, width = frames.shape[1:3]
+        return frames, self.transform.view(height, width, generator, crop=crop, label=label), label
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other training clips from now on; this process's copy only, as everything here.
@@ -180,130 +175,97 @@ class FolderDataset(Dataset[tuple[Tensor, int]]):
         """
         self._epoch = epoch
 
+    def video_of(self, index: int) -> int:
+        """Number of the video that a clip is of, from 0 and in the order of the clips."""
+        return int(np.searchsorted(self._ends, index, side="right"))
+
+    @property
+    def num_videos(self) -> int:
+        """Number of videos."""
+        return len(self._videos)
+
+    @property
+    def views_per_video(self) -> int | None:
+        """Clips (crops included) of every video; None where videos have different numbers."""
+        counts = np.diff(self._ends, prepend=0)
+        return int(counts[0]) if (counts == counts[0]).all() else None
+
     @property
     def decode_failures(self) -> list[tuple[str, int]]:
-        """(path, clips that failed) of videos that passed the scan, loader processes included."""
+        """(path, clips that failed) of videos that were not left out, loader processes included."""
         counts = self._failures.tolist()
         return [
             (video.path, count) for video, count in zip(self._videos, counts, strict=True) if count
         ]
 
-    def _read(self, number: int, chosen: list[int]) -> Tensor:
-        """Frames (T, H, W, 3) of a video by their place in its part."""
-        if self._memory is not None:
-            return self._memory.frames(number, chosen)
+    def _frames(self, number: int, clip: int, generator: torch.Generator) -> tuple[Tensor, int]:
+        """Frames of a clip, and the video that they are of in the end."""
+        if self._training:
+            return self._training_frames(number, generator)
+        if self.transform.crops == 1:
+            return self._attempts(number, clip, generator), number
+        if self._last is None or self._last[0] != (number, clip):
+            self._last = (number, clip), self._attempts(number, clip, generator)
+        return self._last[1], number
+
+    def _training_frames(self, number: int, generator: torch.Generator) -> tuple[Tensor, int]:
+        worker = get_worker_info()
+        self._drawn[0 if worker is None else worker.id % _SLOTS] += 1
+        for _ in range(_REPLACEMENTS):
+            try:
+                return self._attempts(number, None, generator), number
+            except VideoReadError:
+                number = int(torch.randint(len(self._videos), (1,), generator=generator))
+        return self._attempts(number, None, generator), number
+
+    def _attempts(self, number: int, clip: int | None, generator: torch.Generator) -> Tensor:
+        """Frames of a clip of a video, of another clip where the first ones fail."""
         video = self._videos[number]
-        with closing(open_video(video.path)) as reader:
-            return reader.frames([video.frames[place] for place in chosen])
+        failed = 0
+        while failed < _ATTEMPTS:
+            chosen = None
+            if video.frames is not None:
+                chosen = self._choose(video.frames, video.fps, clip, generator)
+            try:
+                with closing(self._opener(self._numbers[number], video)) as reader:
+                    if chosen is None:
+                        chosen = self._choose(range(len(reader)), reader.fps, clip, generator)
+                    return reader.frames(chosen)
+            except VideoReadError as error:
+                self._failures[number] += 1
+                self._check_rate(error)
+                failed, clip, last = failed + 1, None, error
+            if chosen is None:
+                # What cannot be opened once cannot be opened again, and may take its time-out.
+                break
+        reason = last.reason
+        if failed > 1:
+            reason = f"{failed} clips in a row failed, the last one: {reason}"
+        raise VideoReadError(video.path, reason) from last
 
+    def _choose(
+        self, frames: range, fps: float, clip: int | None, generator: torch.Generator
+    ) -> list[int]:
+        """Frame numbers of a test clip, or of a random one."""
+        if clip is None:
+            places = self.sampler.train(len(frames), fps, generator)
+        else:
+            places = self.sampler.test(len(frames), fps, clip, generator)
+        return [frames[place] for place in places]
 
-class _Memory:
-    """All frames of all videos in one flat uint8 tensor.
-
-    One tensor, because every one that goes to a loader process by another way than forking costs a
-    file descriptor.
-    """
-
-    def __init__(self, videos: list[ScannedVideo]) -> None:
-        self._shapes = [video.pixels.shape for video in videos]
-        ends = np.cumsum([video.pixels.size for video in videos])
-        self._starts = [0, *ends.tolist()]
-        self._pixels = torch.empty(self._starts[-1], dtype=torch.uint8)
-        for number, video in enumerate(videos):
-            self._video(number).copy_(torch.from_numpy(video.pixels))
-
-    def frames(self, number: int, chosen: list[int]) -> Tensor:
-        return self._video(number)[torch.tensor(chosen)]
-
-    def _video(self, number: int) -> Tensor:
-        start, end = self._starts[number : number + 2]
-        return self._pixels[start:end].view(self._shapes[number])
+    def _check_rate(self, error: VideoReadError) -> None:
+        failed, drawn = int(self._failures.sum()), int(self._drawn.sum())
+        if not self._training or failed <= self._max_failed * max(drawn, _JUDGED):
+            return
+        raise DecodeRateError(
+            f"data: expected at most {self._max_failed:.1%} of the training clips to fail, got "
+            f"{failed} failures in {drawn} clips of {int((self._failures > 0).sum())} videos, the "
+            f"last one {error.path} ({error.reason}); take broken videos out, or raise "
+            "data.max_failed"
+        )
 
 
 def _generator(seed: int, epoch: int, index: int) -> torch.Generator:
     # torch keeps 32 bits of a seed, so the three numbers are mixed into as many first.
     mixed = np.random.SeedSequence([seed, epoch, index]).generate_state(1)[0]
     return torch.Generator().manual_seed(int(mixed))
-
-
-def _find_videos(root: Path, split: str, split_by: str) -> list[tuple[Path, str]]:
-    """Video files and their classes, sorted by path."""
-    if split_by == "folder":
-        for folder in (root / "train", root / split):
-            if not folder.is_dir():
-                raise FileNotFoundError(
-                    f"FolderDataset: expected a folder {folder}, got none; make it with one folder "
-                    "per class, or split every video by time"
-                )
-        classes, expected = _class_folders(root / "train"), f"{root / split}/CLASS/"
-        others = sorted(set(_class_folders(root / split)) - set(classes))
-        if others:
-            raise ValueError(
-                f"FolderDataset: expected the classes of {root / 'train'}, got others in "
-                f"{root / split}: {', '.join(others)}; give every class training videos"
-            )
-        files = [(path, name) for name in classes for path in _videos_in(root / split / name)]
-    else:
-        if not root.is_dir():
-            raise FileNotFoundError(
-                f"FolderDataset: expected a folder, got {root}; name the folder of the videos"
-            )
-        expected = f"{root}/ or {root}/CLASS/"
-        files = [(path, path.stem) for path in _videos_in(root)]
-        files += [(path, name) for name in _class_folders(root) for path in _videos_in(root / name)]
-    if not files:
-        raise ValueError(
-            f"FolderDataset: expected video files in {expected}, got none with an extension of "
-            f"{' '.join(EXTENSIONS)}; check the folder"
-        )
-    return files
-
-
-def _check_classes(
-    root: str | os.PathLike[str], classes: list[str], problems: list[tuple[str, str]]
-) -> None:
-    if len(classes) >= 2:
-        return
-    got = f"only {classes[0]}" if classes else "none"
-    if problems:
-        path, reason = problems[0]
-        got += f" and {len(problems)} unreadable files, the first one {path} ({reason})"
-    raise ValueError(
-        f"FolderDataset: expected readable videos of at least two classes below {root}, got {got}; "
-        "put readable videos of every class into a folder of its own"
-    )
-
-
-def _class_folders(folder: Path) -> list[str]:
-    """Sorted names of the folders with at least one file that should be a video."""
-    return sorted(
-        entry.name for entry in folder.iterdir() if entry.is_dir() and len(_videos_in(entry)) > 0
-    )
-
-
-def _videos_in(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(
-        entry
-        for entry in folder.iterdir()
-        if entry.suffix.lower() in EXTENSIONS and not entry.name.startswith(".")
-    )
-
-
-def _check_arguments(
-    split: str, split_by: str, frames: int, stride: int, test_clips: int, holdout: float
-) -> None:
-    for name, value, legal in (
-        ("split", split, ("train", "test")),
-        ("split_by", split_by, ("folder", "time")),
-    ):
-        if value not in legal:
-            raise ValueError(
-                f"FolderDataset: expected {name} {' or '.join(legal)}, got {value!r}; pick one"
-            )
-    for name, value in (("frames", frames), ("stride", stride), ("test_clips", test_clips)):
-        if value < 1:
-            raise ValueError(f"FolderDataset: expected {name} of at least 1, got {value}; raise it")
-    if split_by == "time":
-        time_split(2, holdout)

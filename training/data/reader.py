@@ -1,5 +1,7 @@
-"""One video file behind four methods: open, length and frame rate, frames by index, close."""
+"""One video behind four methods: open, length and frame rate, frames by index, close."""
 
+import importlib
+import importlib.util
 import os
 import re
 from collections.abc import Sequence
@@ -91,17 +93,11 @@ class DecordReader:
                 "install it with: pip install 'nlkernels[video]'"
             ) from error
         path = os.fspath(path)
-        # decord has one error for all of these, and it looks like damage.
-        if not os.path.exists(path):
-            raise VideoReadError(path, "no such file")
-        if not os.path.isfile(path):
-            raise VideoReadError(path, "not a file")
-        if os.path.getsize(path) == 0:
-            raise VideoReadError(path, "the file is empty")
+        check_file(path)
         try:
             return cls(path, decord.VideoReader(path, num_threads=num_threads))
         except Exception as error:  # RuntimeError, AssertionError or DECORDError, by the damage
-            raise VideoReadError(path, f"cannot be opened: {_one_line(error)}") from error
+            raise VideoReadError(path, f"cannot be opened: {one_line(error)}") from error
 
     def __len__(self) -> int:
         return len(self._open_video())
@@ -145,7 +141,7 @@ class DecordReader:
         except Exception as error:  # DECORDError is not derived from any narrower class
             raise VideoReadError(
                 self._path,
-                f"decoding of frames {wanted[0]} to {wanted[-1]} failed: {_one_line(error)}",
+                f"decoding of frames {wanted[0]} to {wanted[-1]} failed: {one_line(error)}",
             ) from error
         if len(wanted) == len(indices) and (place[1:] > place[:-1]).all():
             return decoded
@@ -164,14 +160,60 @@ class DecordReader:
         return self._video
 
 
-def open_video(path: str | os.PathLike[str]) -> VideoReader:
-    """Open a video file with the preferred decoder, at present decord.
+# Import paths of the readers of video files, in the order in which ``auto`` prefers them.
+READERS = {
+    "decord": ("decord", "nlkernels.training.data.reader:DecordReader"),
+    "av": ("av", "nlkernels.training.data.reader_av:AvReader"),
+}
+
+
+def choose_reader(name: str = "auto") -> str:
+    """Import path, ``module:Class``, of a reader of video files.
+
+    Args:
+        name: ``decord``, ``av`` (PyAV), or ``auto``: the first of them that is installed.
+
+    Raises:
+        ImportError: It is not installed.
+        ValueError: No such reader.
+
+    Example:
+        >>> choose_reader("nothing")
+        Traceback (most recent call last):
+        ...
+        ValueError: video reader: expected one of auto, decord, av, got 'nothing'; choose one
+    """
+    if name != "auto" and name not in READERS:
+        raise ValueError(
+            f"video reader: expected one of auto, {', '.join(READERS)}, got {name!r}; choose one"
+        )
+    wanted = list(READERS) if name == "auto" else [name]
+    for one in wanted:
+        package, path = READERS[one]
+        if importlib.util.find_spec(package) is not None:
+            return path
+    raise ImportError(
+        f"video reader: expected the package {' or '.join(READERS[one][0] for one in wanted)}, "
+        "got none; install it with: pip install 'nlkernels[video]'"
+    )
+
+
+def load_reader(path: str) -> type[VideoReader]:
+    """The class of ``module:Class``."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def open_video(path: str | os.PathLike[str], reader: str = "auto") -> VideoReader:
+    """Open a video file with decord, or with PyAV where decord is missing.
 
     Args:
         path: The video file.
+        reader: ``auto``, ``decord`` or ``av``.
 
     Raises:
         ImportError: No decoder is installed.
+        ValueError: No such reader.
         VideoReadError: The file is missing, empty, not a video, or has no frames.
 
     Example:
@@ -180,7 +222,20 @@ def open_video(path: str | os.PathLike[str]) -> VideoReader:
         ...     with closing(open_video(path)) as video:
         ...         return video.frames(range(8))
     """
-    return DecordReader.open(path)
+    return load_reader(choose_reader(reader)).open(path)
+
+
+def check_file(path: str) -> None:
+    """Raise VideoReadError unless there is a file with something in it.
+
+    Decoders have one error for all of these, and it looks like damage.
+    """
+    if not os.path.exists(path):
+        raise VideoReadError(path, "no such file")
+    if not os.path.isfile(path):
+        raise VideoReadError(path, "not a file")
+    if os.path.getsize(path) == 0:
+        raise VideoReadError(path, "the file is empty")
 
 
 def _decode(video: Any, wanted: list[int]) -> np.ndarray:
@@ -202,7 +257,7 @@ def _array(frames: Any) -> np.ndarray:
     return frames.asnumpy() if hasattr(frames, "asnumpy") else np.asarray(frames)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What a decoder says, without times, source lines and the text of its failed check."""
     lines = str(error).splitlines()
     said = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ", "", lines[0] if lines else "").strip()

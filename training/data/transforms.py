@@ -1,188 +1,119 @@
-"""Decoded frames to network input: resize, crop, flip, normalise, and the two usual sequences."""
+"""Decoded frames to network input: random views for training, listed ones for the test."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
-# Of all three channels, in levels of 0 to 255: the normalisation of the original Caffe2 models.
-MEAN = 114.75
-STD = 57.375
-
-
-def resize_short_side(video: Tensor, short_side: int) -> Tensor:
-    """Resize so that the shorter side has the given length; the other one is rounded down.
-
-    Bilinear without smoothing, as in the original: shrinking by more than two leaves aliasing.
-
-    Args:
-        video: (T, H, W, 3), uint8.
-        short_side: New length of the shorter side, in pixels.
-
-    Returns:
-        (T, h, w, 3), uint8; `video` itself if it has that size already.
-
-    Raises:
-        TypeError: Not uint8.
-        ValueError: Not (T, H, W, 3), or `short_side` below 1.
-    """
-    _check_video("resize_short_side", video)
-    if short_side < 1:
-        raise ValueError(
-            f"resize_short_side: expected at least 1 pixel, got {short_side}; use the crop size"
-        )
-    height, width = video.shape[1:3]
-    if min(height, width) == short_side:
-        return video
-    if height < width:
-        size = short_side, width * short_side // height
-    else:
-        size = height * short_side // width, short_side
-    planes = interpolate(video.permute(0, 3, 1, 2), size=size, mode="bilinear", align_corners=False)
-    return planes.permute(0, 2, 3, 1)
+from .augment import Augmentation, draw_mirrored
+from .colours import NORMALISATIONS, draw_jitter
+from .crops import TestCrops
+from .resizing import RULES
+from .views import Look, View, render
 
 
-def crop(video: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
-    """Cut a window out of every frame.
+class Transform(Protocol):
+    """What a data set needs: a view for frames of some size, and what to do with it."""
 
-    Args:
-        video: (T, H, W, 3), uint8.
-        top: First row.
-        left: First column.
-        height: Rows of the window.
-        width: Columns of the window.
+    @property
+    def crops(self) -> int:
+        """Views per clip."""
 
-    Returns:
-        (T, height, width, 3), uint8, a view.
+    def view(
+        self, height: int, width: int, generator: torch.Generator, *, crop: int, label: int
+    ) -> View:
+        """View number ``crop`` of decoded frames, of a clip of class ``label``."""
 
-    Raises:
-        TypeError: Not uint8.
-        ValueError: Not (T, H, W, 3), or the window leaves the frame.
-    """
-    _check_video("crop", video)
-    rows, columns = video.shape[1:3]
-    if min(top, left) < 0 or top + height > rows or left + width > columns:
-        raise ValueError(
-            f"crop: expected a window inside {rows}x{columns}, got {height}x{width} at row {top}, "
-            f"column {left}; resize the video first"
-        )
-    return video[:, top : top + height, left : left + width]
-
-
-def flip(video: Tensor) -> Tensor:
-    """Mirror every frame left to right.
-
-    Args:
-        video: (T, H, W, 3), uint8.
-
-    Returns:
-        (T, H, W, 3), uint8.
-
-    Raises:
-        TypeError: Not uint8.
-        ValueError: Not (T, H, W, 3).
-    """
-    _check_video("flip", video)
-    return video.flip(2)
-
-
-def normalise(video: Tensor) -> Tensor:
-    """Network input: ``(level - 114.75) / 57.375``, channels first.
-
-    Args:
-        video: (T, H, W, 3), uint8.
-
-    Returns:
-        (3, T, H, W), float32, contiguous.
-
-    Raises:
-        TypeError: Not uint8.
-        ValueError: Not (T, H, W, 3).
-    """
-    _check_video("normalise", video)
-    planes = video.permute(3, 0, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return planes.sub_(MEAN).div_(STD)
+    def render(self, video: Tensor, view: View) -> Tensor:
+        """Frames (T, H, W, C), uint8, to network input (C, T, h, w), float32."""
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random scale, random window, random mirror image, normalised; the same for a whole clip.
+    """Random views, the same for all frames of a clip.
 
     Args:
-        short_side: Smallest and largest length of the shorter side, in pixels, both included.
-        size: Height and width of the window, in pixels, at most the smallest short side.
+        augmentation: How frames are scaled and cut.
         flip: Mirror half of the clips; switch it off where left and right are what is learned.
+        unflipped: Classes whose clips are never mirrored.
+        colours: A name of `colours.NORMALISATIONS`.
+        channels: ``rgb`` or ``bgr``.
+        jitter: Strengths of changes of brightness, contrast and saturation.
 
-    Raises:
-        ValueError: An empty range, or a window larger than a frame can be.
+    Example:
+        >>> transform = TrainTransform(Augmentation("caffe2", short_side=(8, 10), size=6))
+        >>> frames = torch.zeros(4, 12, 16, 3, dtype=torch.uint8)
+        >>> view = transform.view(12, 16, torch.Generator(), crop=0, label=0)
+        >>> transform.render(frames, view).shape
+        torch.Size([3, 4, 6, 6])
     """
 
-    short_side: tuple[int, int]
-    size: int
+    augmentation: Augmentation
     flip: bool = True
+    unflipped: frozenset[int] = frozenset()
+    colours: str = "grey"
+    channels: str = "rgb"
+    jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
-    def __post_init__(self) -> None:
-        low, high = self.short_side
-        if not 1 <= self.size <= low <= high:
-            raise ValueError(
-                "TrainTransform: expected 1 <= size <= short_side[0] <= short_side[1], got size "
-                f"{self.size} and short_side {self.short_side}; make short_side larger"
-            )
+    @property
+    def crops(self) -> int:
+        """Always one."""
+        return 1
 
-    def __call__(self, video: Tensor, generator: torch.Generator) -> Tensor:
-        """(T, H, W, 3) uint8 to (3, T, size, size) float32."""
-        low, high = self.short_side
-        scaled = resize_short_side(video, low + _draw(high - low, generator))
-        top = _draw(scaled.shape[1] - self.size, generator)
-        left = _draw(scaled.shape[2] - self.size, generator)
-        window = crop(scaled, top, left, self.size, self.size)
-        mirror = _draw(1, generator) == 1
-        return normalise(flip(window) if self.flip and mirror else window)
+    def view(
+        self, height: int, width: int, generator: torch.Generator, *, crop: int = 0, label: int = 0
+    ) -> View:
+        """A random view."""
+        view = self.augmentation.draw(height, width, generator)
+        # Drawn in any case: whether clips are mirrored changes nothing else about them.
+        mirrored = draw_mirrored(generator) and self.flip and label not in self.unflipped
+        return replace(view, mirrored=mirrored, jitter=draw_jitter(self.jitter, generator))
+
+    def render(self, video: Tensor, view: View) -> Tensor:
+        """(T, H, W, C) uint8 to (C, T, size, size) float32."""
+        look = Look(
+            self.augmentation.rule,
+            NORMALISATIONS[self.colours],
+            self.channels,
+            negates_flow=self.augmentation.recipe != "inception",
+        )
+        return render(video, view, look)
 
 
 @dataclass(frozen=True)
 class TestTransform:
-    """Fixed scale and centre window, normalised.
+    """Listed views.
 
     Args:
-        short_side: Length of the shorter side, in pixels.
-        size: Height and width of the window, in pixels, at most the short side.
+        windows: Which.
+        colours: A name of `colours.NORMALISATIONS`.
+        channels: ``rgb`` or ``bgr``.
 
-    Raises:
-        ValueError: A window larger than the short side.
+    Example:
+        >>> transform = TestTransform(TestCrops("three", "caffe2", short_side=8, size=8))
+        >>> transform.crops, transform.view(8, 12, torch.Generator(), crop=2).left
+        (3, 4)
     """
 
     __test__ = False  # not a test, whatever its name makes pytest believe
 
-    short_side: int
-    size: int
+    windows: TestCrops
+    colours: str = "grey"
+    channels: str = "rgb"
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.size <= self.short_side:
-            raise ValueError(
-                f"TestTransform: expected 1 <= size <= short_side, got size {self.size} and "
-                f"short_side {self.short_side}; make short_side larger"
-            )
+    @property
+    def crops(self) -> int:
+        """Windows per clip."""
+        return len(self.windows)
 
-    def __call__(self, video: Tensor, generator: torch.Generator) -> Tensor:
-        """(T, H, W, 3) uint8 to (3, T, size, size) float32; nothing is drawn from `generator`."""
-        scaled = resize_short_side(video, self.short_side)
-        top, left = (scaled.shape[1] - self.size) // 2, (scaled.shape[2] - self.size) // 2
-        return normalise(crop(scaled, top, left, self.size, self.size))
+    def view(
+        self, height: int, width: int, generator: torch.Generator, *, crop: int = 0, label: int = 0
+    ) -> View:
+        """Window number ``crop``; only ``three_random`` draws from the generator."""
+        return self.windows.view(height, width, crop, generator)
 
-
-def _draw(largest: int, generator: torch.Generator) -> int:
-    return int(torch.randint(largest + 1, (1,), generator=generator))
-
-
-def _check_video(where: str, video: Tensor) -> None:
-    if video.dtype != torch.uint8:
-        raise TypeError(
-            f"{where}: expected uint8 frames, got {video.dtype}; pass frames as they were decoded"
-        )
-    if video.ndim != 4 or video.shape[3] != 3:
-        raise ValueError(
-            f"{where}: expected frames (T, H, W, 3), got {tuple(video.shape)}; "
-            "pass frames as they were decoded"
-        )
+    def render(self, video: Tensor, view: View) -> Tensor:
+        """(T, H, W, C) uint8 to (C, T, h, w) float32."""
+        look = Look(RULES[self.windows.rule], NORMALISATIONS[self.colours], self.channels)
+        return render(video, view, look)

@@ -9,10 +9,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from nlkernels.training.data import dataset as dataset_module
-from nlkernels.training.data.dataset import FolderDataset
+from nlkernels.training.data.augment import Augmentation
+from nlkernels.training.data.crops import TestCrops
+from nlkernels.training.data.dataset import DecodeRateError
+from nlkernels.training.data.folder import FolderDataset
+from nlkernels.training.data.openers import FileOpener
 from nlkernels.training.data.reader import VideoReadError, open_video
+from nlkernels.training.data.samplers import Caffe2Sampler
 from nlkernels.training.data.transforms import TestTransform, TrainTransform
+from nlkernels.training.data.views import View
 
 STEP = 4  # levels between two frames of a numbered video
 
@@ -29,13 +34,37 @@ def root(tmp_path_factory, numbered):
 
 
 def clips(root, split="train", **options):
-    chosen = {"frames": 4, "stride": 2, "transform": keep_numbers, "seed": 0} | options
-    return FolderDataset(root, split=split, **chosen)
+    chosen = {"frames": 4, "stride": 2, "clips": 1} | options
+    sampler = Caffe2Sampler(*(chosen.pop(name) for name in ("frames", "stride", "clips")))
+    settings = {"transform": KeepNumbers(), "seed": 0, "sampler": sampler} | chosen
+    return FolderDataset(root, split=split, **settings)
 
 
-def keep_numbers(video, generator):
+class Keep:
+    """The frames themselves."""
+
+    crops = 1
+
+    def view(self, height, width, generator, *, crop, label):
+        return View(None, 0, 0, height, width)
+
+    def render(self, video, view):
+        return video
+
+
+class KeepNumbers(Keep):
     """The frame numbers of a numbered video, in place of a picture."""
-    return ((video.double().mean((1, 2, 3)) - 10) / STEP).round().int()
+
+    def render(self, video, view):
+        return ((video.double().mean((1, 2, 3)) - 10) / STEP).round().int()
+
+
+def random_windows(short_side=(24, 30), size=16):
+    return TrainTransform(Augmentation("caffe2", short_side, size))
+
+
+def centre(short_side, size):
+    return TestTransform(TestCrops("centre", "caffe2", short_side, size))
 
 
 def content(data, **loader):
@@ -53,7 +82,7 @@ def test_classes_labels_and_length(root):
 
 
 def test_transforms_give_network_input(root):
-    clip, label = clips(root, transform=TrainTransform((24, 30), 16))[-1]
+    clip, label = clips(root, transform=random_windows())[-1]
     assert (clip.shape, clip.dtype, label) == ((3, 4, 16, 16), torch.float32, 1)
 
 
@@ -72,7 +101,7 @@ def test_training_clips_change_with_epoch_and_index_alone(root):
 
 
 def test_test_clips_are_spread_evenly_and_stay_together(root):
-    test = clips(root, "test", test_clips=4)
+    test = clips(root, "test", clips=4)
     test.set_epoch(5)
     assert [(clip[0].item(), label) for clip, label in test] == [
         (start, label) for label in (0, 1) for start in (0, 10, 20, 30)
@@ -82,23 +111,23 @@ def test_test_clips_are_spread_evenly_and_stay_together(root):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 @pytest.mark.parametrize("preload", [False, True], ids=["disk", "memory"])
 def test_same_clips_for_any_number_of_workers(root, preload):
-    data = clips(root, preload=preload, transform=TrainTransform((24, 30), 16))
+    data = clips(root, preload=preload, transform=random_windows())
     data[0]  # a video was read in this process before the loader forks
     expected = content(data)
     for workers in (2, 4):
         assert content(data, num_workers=workers) == expected
-    assert content(clips(root, transform=TrainTransform((24, 30), 16)), num_workers=1) == expected
+    assert content(clips(root, transform=random_windows()), num_workers=1) == expected
 
 
 def test_preloaded_clips_reach_spawned_workers(root):
-    data = clips(root, "test", preload=True, transform=TestTransform(24, 16))
+    data = clips(root, "test", preload=True, transform=centre(24, 16))
     spawned = content(data, num_workers=1, multiprocessing_context="spawn")
     assert spawned == content(data)
 
 
 @pytest.mark.parametrize("preload", [False, True], ids=["disk", "memory"])
 def test_preloading_changes_no_pixel(root, preload):
-    whole = clips(root, "test", frames=40, stride=1, transform=lambda v, g: v, preload=preload)
+    whole = clips(root, "test", frames=40, stride=1, transform=Keep(), preload=preload)
     with closing(open_video(root / "test" / "left" / "1.mp4")) as video:
         assert torch.equal(whole[0][0], video.frames(range(40)))
 
@@ -116,7 +145,7 @@ def test_time_split_shows_no_test_frame_in_training(tmp_path, numbered, preload)
     numbered(tmp_path / "deep" / "1.mp4", 40, step=STEP)
     (tmp_path / "README.md").write_text("not a video")
     options = {"split_by": "time", "holdout": 0.25, "preload": preload}
-    train, test = clips(tmp_path, **options), clips(tmp_path, "test", test_clips=3, **options)
+    train, test = clips(tmp_path, **options), clips(tmp_path, "test", clips=3, **options)
     assert train.classes == test.classes == ["deep", "flat"]
     assert train.problems == []
     seen = set()
@@ -159,7 +188,7 @@ def test_unusable_files_are_left_out_and_listed(tmp_path, root, numbered):
 
 
 def test_real_clips(real_clips):
-    options = {"split_by": "time", "frames": 8, "stride": 4, "transform": TestTransform(64, 48)}
+    options = {"split_by": "time", "frames": 8, "stride": 4, "transform": centre(64, 48)}
     data = clips(real_clips, "test", **options)
     assert data.classes == [
         "applying_eye_makeup",
@@ -172,45 +201,94 @@ def test_real_clips(real_clips):
 
 
 class Failing:
-    """Stands for `open_video`; the first ``failures`` decodes of each process fail."""
+    """Stands for opening a file; the first ``failures`` of each process fail."""
 
     def __init__(self, failures):
         self.left = failures
 
-    def __call__(self, path):
+    def __call__(self, opener, number, video):
         self.left -= 1
         if self.left >= 0:
-            raise VideoReadError(path, "damaged in the middle")
-        return open_video(path)
+            raise VideoReadError(video.path, "damaged in the middle")
+        return open_video(video.path)
 
 
-def test_a_clip_that_fails_is_replaced_and_counted(root, monkeypatch):
+@pytest.fixture
+def fail(monkeypatch):
+    """Function that makes the next so many decodings fail."""
+
+    def failing(failures):
+        broken = Failing(failures)
+        monkeypatch.setattr(FileOpener, "__call__", lambda *call: broken(*call))
+
+    return failing
+
+
+def test_a_clip_that_fails_is_replaced_and_counted(root, fail):
     data = clips(root)
     intact = data[1][0].tolist()
-    monkeypatch.setattr(dataset_module, "open_video", Failing(2))
+    fail(2)
     replaced = data[1][0].tolist()
     assert replaced != intact
     assert data.decode_failures == [(str(root / "train" / "left" / "2.mp4"), 2)]
-    monkeypatch.setattr(dataset_module, "open_video", Failing(2))
+    fail(2)
     assert data[1][0].tolist() == replaced
     assert data.decode_failures[0][1] == 4
 
 
-def test_failures_in_loader_processes_are_counted_here(root, monkeypatch):
+def test_a_training_video_that_keeps_failing_is_replaced(root, fail):
     data = clips(root)
-    monkeypatch.setattr(dataset_module, "open_video", Failing(1))
+    fail(3)
+    clip, label = data[1]
+    assert data.decode_failures == [(str(root / "train" / "left" / "2.mp4"), 3)]
+    fail(3)
+    again, label_again = data[1]
+    assert (clip.tolist(), label) == (again.tolist(), label_again)
+
+
+def test_too_many_failures_are_one_clear_error(root, fail):
+    data = clips(root, max_failed=0.04)
+    fail(1000)
+    # 4 % of the 200 clips that are judged at least.
+    message = (
+        r"at most 4\.0% of the training clips to fail, got 9 failures in 1 clips of \d videos, the "
+        r"last one .*mp4 \(damaged in the middle\); .*data\.max_failed"
+    )
+    with pytest.raises(DecodeRateError, match=message):
+        data[0]
+    assert sum(count for _, count in data.decode_failures) == 9
+
+
+def test_failures_in_loader_processes_are_counted_here(root, fail):
+    data = clips(root)
+    fail(1)
     content(data, num_workers=2)
     assert sum(count for _, count in data.decode_failures) == 2
 
 
 # torch takes five seconds to end the workers after an exception.
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.gate)])
-def test_a_video_that_keeps_failing_is_an_error(root, monkeypatch, workers):
+def test_a_test_video_that_keeps_failing_is_an_error(root, fail, workers):
     data = clips(root, "test")
-    monkeypatch.setattr(dataset_module, "open_video", Failing(1000))
+    fail(1000)
     with pytest.raises(VideoReadError, match="3 clips in a row failed, the last one: damaged"):
         content(data, num_workers=workers)
     assert dict(data.decode_failures)[str(root / "test" / "left" / "1.mp4")] == 3
+
+
+def test_crops_of_a_clip_are_cut_from_frames_decoded_once(root, fail):
+    test = clips(root, "test", clips=2, transform=TestTransform(TestCrops("three", "caffe2", 8, 8)))
+    assert len(test) == 2 * 2 * 3
+    assert test.views_per_video == 6
+    assert [test.video_of(index) for index in range(12)] == [0] * 6 + [1] * 6
+    left, middle, right = (test[index][0] for index in range(3))
+    # 32 x 40 becomes 8 x 10: one column of room on either side.
+    assert torch.equal(left[..., 1:], middle[..., :-1])
+    assert torch.equal(middle[..., 1:], right[..., :-1])
+    fail(1000)
+    assert torch.equal(test[1][0], middle)
+    with pytest.raises(VideoReadError):
+        test[3]
 
 
 def test_index_out_of_range(root):
@@ -288,9 +366,6 @@ def test_unusable_folders_are_one_clear_error(tmp_path, numbered, build, error, 
     [
         ({"split": "val"}, "expected split train or test, got 'val'"),
         ({"split_by": "name"}, "expected split_by folder or time, got 'name'"),
-        ({"frames": 0}, "expected frames of at least 1, got 0"),
-        ({"stride": 0}, "expected stride of at least 1, got 0"),
-        ({"test_clips": 0}, "expected test_clips of at least 1, got 0"),
         ({"split_by": "time", "holdout": 1.5}, "expected holdout between 0 and 1, got 1.5"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,

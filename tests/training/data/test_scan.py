@@ -41,6 +41,8 @@ class Reader:
     def __len__(self):
         return 6
 
+    fps = 25.0
+
     def frames(self, indices):
         level = ord(self.name[-1])
         return np.stack([np.full((2, 4, 3), level + index, np.uint8) for index in indices])
@@ -144,10 +146,13 @@ def test_a_script_without_main_guard_works(tmp_path, numbered):
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\n"
-        "from nlkernels.training.data.dataset import FolderDataset\n"
+        "from nlkernels.training.data.crops import TestCrops\n"
+        "from nlkernels.training.data.folder import FolderDataset\n"
+        "from nlkernels.training.data.samplers import Caffe2Sampler\n"
         "from nlkernels.training.data.transforms import TestTransform\n"
-        "clips = FolderDataset(sys.argv[1], split='test', frames=8, stride=1,\n"
-        "    transform=TestTransform(32, 32), seed=0, preload=True)\n"
+        "clips = FolderDataset(sys.argv[1], split='test', sampler=Caffe2Sampler(8),\n"
+        "    transform=TestTransform(TestCrops('centre', 'caffe2', 32, 32)), seed=0,\n"
+        "    preload=True)\n"
         "print(len(clips), clips[1][1])\n"
     )
     import nlkernels
