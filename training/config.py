@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from . import config_data
+from . import config_data, config_optim, config_run
 from .config_data import DataConfig
+from .config_optim import OptimConfig
+from .config_run import RunConfig
 
 VARIANTS = ("none", "naive", "fast", "local", "frame")
 
@@ -33,58 +35,6 @@ class ModelConfig:
     """Options of every block, as ``NonLocalBlock3d`` takes them."""
     dropout: float | None = None
     """Dropout probability before the classifier; unset takes the model's own."""
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """How the parameters move."""
-
-    name: Literal["sgd", "adamw"] = "sgd"
-    """Optimiser."""
-    lr: float = 0.1
-    """Learning rate after warm-up."""
-    momentum: float = 0.9
-    """Momentum (sgd only)."""
-    nesterov: bool = True
-    """Nesterov's form of momentum (sgd only)."""
-    weight_decay: float = 1e-4
-    """Weight decay."""
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
-    """Shape of the learning rate after warm-up."""
-    milestones: tuple[int, ...] = ()
-    """Steps at which the learning rate is multiplied by ``gamma`` (``schedule: step`` only)."""
-    gamma: float = 0.1
-    """Factor at a milestone (``schedule: step`` only)."""
-    warmup: int = 0
-    """Steps of linear warm-up."""
-    steps: int | None = None
-    """Length of the training in steps; set this or ``epochs``."""
-    epochs: float | None = None
-    """Length of the training in passes over the training clips; set this or ``steps``."""
-    batch: int = 32
-    """Clips per step."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Where and how the run happens."""
-
-    out: str | None = None
-    """Folder of everything the run writes; unset is ``runs/NAME-OF-THE-CONFIG``."""
-    seed: int = 0
-    """Seed of initial weights, data order and dropout (``nlk train``)."""
-    device: str = "auto"
-    """``auto`` takes the first GPU if there is one; else a torch device name."""
-    log_every: int = 50
-    """Steps between two progress lines; every step is in the JSONL file."""
-    threads: int | None = None
-    """CPU threads of torch; unset keeps torch's choice."""
-    checkpoint_every: int | None = None
-    """Steps between two checkpoints; unset saves the final one only."""
-    resume: str | None = None
-    """Checkpoint file to continue from (``nlk train``)."""
-    colour_check: bool = False
-    """Also report the accuracy of a classifier that sees only each clip's mean colour."""
 
 
 @dataclass(frozen=True)
@@ -131,22 +81,21 @@ class Config:
     """What ``nlk compare`` compares."""
 
 
-_MINIMUM = config_data.MINIMUM | {
-    "model.num_classes": 2,
-    "model.blocks": 0,
-    "optim.warmup": 0,
-    "optim.steps": 1,
-    "optim.batch": 1,
-    "run.log_every": 1,
-    "run.threads": 1,
-    "run.checkpoint_every": 1,
-    "compare.profile.batch": 1,
-    "compare.profile.frames": 1,
-    "compare.profile.size": 1,
-    "compare.profile.rounds": 1,
-}
-_POSITIVE = (*config_data.POSITIVE, "model.width", "optim.epochs", "compare.memory_gib")
-_NOT_NEGATIVE = ("optim.lr", "optim.weight_decay", "optim.momentum", "optim.gamma")
+_MINIMUM = (
+    config_data.MINIMUM
+    | config_optim.MINIMUM
+    | config_run.MINIMUM
+    | {
+        "model.num_classes": 2,
+        "model.blocks": 0,
+        "compare.profile.batch": 1,
+        "compare.profile.frames": 1,
+        "compare.profile.size": 1,
+        "compare.profile.rounds": 1,
+    }
+)
+_POSITIVE = (*config_data.POSITIVE, *config_optim.POSITIVE, "model.width", "compare.memory_gib")
+_NOT_NEGATIVE = config_optim.NOT_NEGATIVE
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -202,19 +151,15 @@ def check_values(config: Config) -> None:
 
 
 def _check_combinations(config: Config) -> None:
-    data, optim, compare = config.data, config.optim, config.compare
-    if (optim.steps is None) == (optim.epochs is None):
-        both = "neither" if optim.steps is None else "both"
+    data, compare = config.data, config.compare
+    config_optim.check_optim(config.optim)
+    config_run.check_run(config.run)
+    if config.optim.schedule == "plateau" and config.run.test_every is None:
         raise ValueError(
-            f"config: expected one of optim.steps and optim.epochs, got {both}; "
-            "set one and give the other as null"
+            "config: expected run.test_every with optim.schedule=plateau, got nothing; tests decide "
+            "there, write for example run.unit=epoch run.test_every=1"
         )
     config_data.check_data(data)
-    if optim.nesterov and optim.name == "sgd" and optim.momentum == 0:
-        raise ValueError(
-            "config: expected optim.momentum > 0 with optim.nesterov, got 0; "
-            "set optim.nesterov=false"
-        )
     for variant in compare.variants:
         if variant not in VARIANTS:
             hint = suggestion(variant, VARIANTS, otherwise="choose some of them")

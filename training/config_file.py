@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from . import config_optim, config_run
 from .config import Config, check_values, known_keys, suggestion, value_of
 from .config_data import IGNORED_WHEN as IGNORED_WHEN_DATA
 
@@ -24,10 +25,8 @@ CONFIG_FOLDER = Path(__file__).parent / "configs"
 _IGNORED_WHEN = (
     *IGNORED_WHEN_DATA,
     ("model.block", "model.blocks", lambda blocks: blocks == 0),
-    ("optim.momentum", "optim.name", lambda name: name == "adamw"),
-    ("optim.nesterov", "optim.name", lambda name: name == "adamw"),
-    ("optim.milestones", "optim.schedule", lambda schedule: schedule != "step"),
-    ("optim.gamma", "optim.schedule", lambda schedule: schedule != "step"),
+    *config_optim.IGNORED_WHEN,
+    *config_run.IGNORED_WHEN,
 )
 
 # Keys, or beginnings of keys, that a command does not look at.

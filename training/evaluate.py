@@ -1,10 +1,12 @@
 """Testing: accuracy over the fixed clips of the test videos, and a check that needs no network."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from .distributed import ALONE, Processes
 
 Batches = Iterable[tuple[Tensor, Tensor, Tensor]]
 
@@ -23,30 +25,42 @@ class TestResult:
 
 
 def evaluate(
-    model: nn.Module, batches: Batches, *, clips_per_video: int, device: torch.device
+    model: nn.Module,
+    batches: Batches,
+    *,
+    video_of: Callable[[int], int],
+    device: torch.device,
+    processes: Processes = ALONE,
 ) -> TestResult:
     """Test a model; its softmax scores are averaged over the clips of each video.
 
     Args:
         model: Gives logits (B, classes).
-        batches: Clips (B, 3, T, H, W), labels (B,) and clip numbers (B,); the clips of one video
-            follow each other.
-        clips_per_video: How many they are.
+        batches: Clips (B, C, T, H, W), labels (B,) and clip numbers (B,) of this process's videos.
+        video_of: Number of the video that a clip is of, by the clip's number.
         device: Where the model is.
+        processes: Those that test together, each its own videos.
 
     Returns:
-        Accuracy and loss. The model is in training mode again if it was.
+        Accuracy and loss over the videos of all processes, each counted once. The model is in
+        training mode again if it was.
     """
     training = model.training
     model.eval()
-    scores, labels = [], []
+    parts = []
     with torch.inference_mode():
-        for clips, truth, _ in batches:
-            scores.append(model(clips.to(device)).float().softmax(1).cpu())
-            labels.append(truth)
+        for clips, truth, numbers in batches:
+            parts.append((numbers, truth, model(clips.to(device)).float().softmax(1).cpu()))
     model.train(training)
-    videos = torch.cat(scores).unflatten(0, (-1, clips_per_video)).mean(1)
-    truth = torch.cat(labels)[::clips_per_video]
+    # Of a process with more peers than there are videos nothing comes.
+    gathered = [part for own in processes.gather(parts) for part in own]
+    numbers, labels, scores = (torch.cat(column) for column in zip(*gathered, strict=True))
+    order = numbers.argsort()
+    of_clips = torch.tensor([video_of(number) for number in numbers[order].tolist()])
+    _, places, counts = of_clips.unique(return_inverse=True, return_counts=True)
+    videos = scores.new_zeros(len(counts), scores.shape[1])
+    videos = videos.index_add(0, places, scores[order]) / counts.unsqueeze(1)
+    truth = labels.new_zeros(len(counts)).index_copy(0, places, labels[order])
     return TestResult(
         accuracy=(videos.argmax(1) == truth).double().mean().item(),
         loss=nn.functional.nll_loss(videos.clamp_min(1e-12).log(), truth).item(),

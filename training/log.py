@@ -1,14 +1,21 @@
-"""The run's two logs: every event as a JSON line in a file, now and then one readable line."""
+"""The run's logs: every event as a JSON line in a file, now and then one readable line.
+
+Whoever asks for them gets the same numbers in TensorBoard and Weights & Biases (``log_extras.py``).
+"""
 
 import dataclasses
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
 from .engine import StepRecord
+from .log_extras import Extra
+
+_TIMES = ("data_ms", "forward_ms", "backward_ms", "optimiser_ms")
 
 
 class RunLog:
@@ -19,12 +26,14 @@ class RunLog:
     printed anew elsewhere.
 
     Args:
-        path: The JSONL file; an old one is replaced.
+        path: The JSONL file. An old one is replaced; of a resumed training, what lies behind the
+            step that it continues from is.
         steps: Length of the training, for the remaining time.
         name: Starts every readable line.
         every: Steps between two readable lines.
         start: Steps that were already taken.
         stream: Where readable lines go; standard output if unset.
+        extras: Other places that get the numbers.
     """
 
     def __init__(
@@ -36,10 +45,14 @@ class RunLog:
         every: int,
         start: int = 0,
         stream: TextIO | None = None,
+        extras: Sequence[Extra] = (),
     ) -> None:
+        kept = _lines_until(path, start) if start > 0 else []
         self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(kept)
         self._stream = sys.stdout if stream is None else stream
         self._steps, self._start, self._name, self._every = steps, start, name, every
+        self._extras = extras
         self._begun = time.perf_counter()
         self._window: list[StepRecord] = []
 
@@ -57,6 +70,8 @@ class RunLog:
             if self._stream.isatty():
                 print(file=self._stream)
         self._file.close()
+        for extra in self._extras:
+            extra.close()
 
     def step(self, record: StepRecord) -> None:
         """Log a training step."""
@@ -67,11 +82,22 @@ class RunLog:
             self._window.clear()
 
     def event(self, event: str, **values: Any) -> None:
-        """Log anything else; ``values`` must be plain and finite."""
+        """Log anything else; ``values`` must be plain and finite.
+
+        Numbers of an event with a ``step`` go to the extras as well.
+        """
         line = json.dumps({"event": event, **values}, allow_nan=False)
         self._file.write(line + "\n")
         # A killed run leaves complete lines.
         self._file.flush()
+        if "step" in values:
+            numbers = {
+                f"{event}/{key}": value
+                for key, value in values.items()
+                if key != "step" and isinstance(value, int | float)
+            }
+            for extra in self._extras:
+                extra.write(values["step"], numbers)
 
     def _progress(self, record: StepRecord) -> None:
         count = len(self._window)
@@ -82,7 +108,8 @@ class RunLog:
         width = len(str(self._steps))
         line = (
             f"{self._name:<12} step {record.step:>{width}}/{self._steps}  loss {loss:.4f}  "
-            f"accuracy {accuracy:6.1%}  {rate:5.1f} steps/s  {_duration(remaining_s)} left"
+            f"accuracy {accuracy:6.1%}  {rate:5.1f} steps/s  {self._split()}  "
+            f"{record.peak_mib:.0f} MiB  {_duration(remaining_s)} left"
         )
         last = record.step == self._steps
         if self._stream.isatty():
@@ -90,6 +117,35 @@ class RunLog:
             print(f"\r{line}\x1b[K", end="\n" if last else "", file=self._stream, flush=True)
         else:
             print(line, file=self._stream, flush=True)
+
+    def _split(self) -> str:
+        """Clips per second, and where the time of the last steps went."""
+        times = {name: sum(getattr(one, name) for one in self._window) for name in _TIMES}
+        whole_ms = sum(times.values())
+        # Clips of a step by its time, so the mean weighs each step by its time.
+        clips = sum(
+            one.clips_per_s * sum(getattr(one, name) for name in _TIMES) for one in self._window
+        )
+        shares = "/".join(f"{100 * value / whole_ms:.0f}" for value in times.values())
+        return f"{clips / whole_ms:.1f} clips/s  data/fwd/bwd/opt {shares}%"
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """Lines of an earlier part of the same training, without those of steps that are redone."""
+    if not path.is_file():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            # The last line of a killed run.
+            continue
+        # A test behind the step itself is repeated.
+        redone = event.get("step", 0) - (event["event"] == "step")
+        if redone < step:
+            kept.append(line)
+    return kept
 
 
 def _duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ also the growth of the resident set as a cross-check that needs no cooperation o
 """
 
 import ctypes
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from nlkernels import NonLocalBlock3d
 from nlkernels._memory import MIB, PeakMemory
 
 from .config import OptimConfig, ProfileConfig
-from .engine import Stopwatch, make_optimiser, train_step
 from .memory import BatchFit, largest_batch, state_mib
+from .optimisers import make_optimiser
+from .updates import Stopwatch, Updater
 
 
 class Overhead(NamedTuple):
@@ -154,16 +156,19 @@ def measure(
     shape = (profile.batch, 3, profile.frames, profile.size, profile.size)
     clips = torch.randn(shape, generator=generator).to(device)
     labels = torch.randint(num_classes, (profile.batch,), generator=generator).to(device)
+    # A measured batch may have fewer clips than a step has parts.
+    optim = dataclasses.replace(optim, accumulate=1)
     optimisers = {name: make_optimiser(model, optim) for name, model in models.items()}
+    updaters = {
+        name: Updater(model, optimisers[name], optim, device) for name, model in models.items()
+    }
     for optimiser in optimisers.values():
         for group in optimiser.param_groups:
             group["lr"] = 0.0
 
     def step(name: str, clips: Tensor = clips, labels: Tensor = labels) -> dict[str, float]:
         watch.lap_ms()
-        return train_step(
-            models[name], clips, labels, optimisers[name], watch, where=f"profile of {name}"
-        )
+        return updaters[name].step(clips, labels, watch, where=f"profile of {name}")
 
     def weigh(name: str, clips: Tensor = clips, labels: Tensor = labels) -> PeakMemory:
         optimisers[name].zero_grad(set_to_none=True)

@@ -1,7 +1,6 @@
 """What ``nlk train`` and ``nlk compare`` share: the run folder, one training, its test."""
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,15 @@ from torch import nn
 
 from . import checkpoint
 from .config import Config, to_dict
-from .engine import StepRecord, make_optimiser, train
-from .evaluate import TestResult, evaluate
-from .loading import Data, test_batches, training_batches
-from .log import RunLog
-from .variants import check_model
+from .distributed import ALONE, Processes, choose_device, require_one_process
+from .evaluate import TestResult
+from .freezing import freeze
+from .loading import Data
+from .log_extras import check_extras
+from .session import Session
+from .sharding import check_batch
+from .stopping import StopSignals
+from .variants import build_model
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Run:
     """One finished training."""
 
     losses: list[float]
-    """Training loss of every step taken."""
+    """Training loss of every step taken, behind the last ones of the part before a break."""
     test: TestResult
     """Test after the last step."""
     train_s: float
@@ -33,19 +36,29 @@ class Run:
     @property
     def last_loss(self) -> float:
         """Mean training loss of the last 20 steps."""
-        last = self.losses[-20:]
+        last = self.losses[-checkpoint.LOSSES :]
         return sum(last) / len(last)
 
 
-def prepare(config: Config) -> tuple[Path, torch.device]:
+def prepare(config: Config, processes: Processes = ALONE) -> tuple[Path, torch.device]:
     """Create the run folder with ``config.json`` in it; choose device and threads.
 
     Raises:
-        ValueError: An unknown or absent device, an unknown model or option of it, or a run folder
-            that is a file.
+        ValueError: An unknown or absent device, an unknown model or option of it, what cannot be
+            frozen in it, a batch that the processes cannot share, or a run folder that is a file.
+        ImportError: A package is missing for what is logged.
     """
-    device = _device(config.run.device)
-    check_model(config.model)
+    require_one_process()
+    device = choose_device(config.run.device, processes)
+    check_batch(config.optim.batch, config.optim.accumulate, processes)
+    check_extras(config)
+    if config.optim.sync_norms and device.type == "cpu":
+        raise ValueError(
+            "run: expected a GPU for optim.sync_norms, got the CPU; set optim.sync_norms=false"
+        )
+    # Raises what building the network would raise, without memory or time for its weights.
+    with torch.device("meta"):
+        freeze(build_model(config.model, 2, seed=0), config.optim)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     out = Path(config.run.out)
@@ -53,8 +66,9 @@ def prepare(config: Config) -> tuple[Path, torch.device]:
         raise ValueError(
             f"run: expected run.out to name a folder, got the file {out}; choose another name"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
+    if processes.first:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
     return out, device
 
 
@@ -63,6 +77,41 @@ def total_steps(config: Config, clips: int) -> int:
     if config.optim.steps is not None:
         return config.optim.steps
     return max(1, round(config.optim.epochs * clips / config.optim.batch))
+
+
+def resumed_content(
+    config: Config, path: Path, *, device: torch.device, processes: Processes = ALONE
+) -> dict[str, Any] | None:
+    """The checkpoint that a training continues from, if any.
+
+    ``run.resume`` is a file, or ``auto``. Processes that torchrun has started again after a failure
+    look for the newest checkpoint of their run by themselves. What an earlier run left in the
+    folder is set aside first, so that it is never taken for that.
+
+    Args:
+        config: ``run.resume``.
+        path: Where this training saves.
+        device: Where the tensors go.
+        processes: All of them call this.
+
+    Returns:
+        What ``checkpoint.load`` returns; None starts anew.
+
+    Raises:
+        FileNotFoundError: ``run.resume`` is a file that does not exist.
+        ValueError: There are checkpoints, and none can be read.
+    """
+    resume = config.run.resume
+    continues = resume == "auto" or processes.restarts > 0
+    named = resume not in (None, "auto")
+    content = checkpoint.newest(path, device=device) if continues else None
+    if content is None and named:
+        content = checkpoint.load(resume, device=device)
+    if processes.first:
+        checkpoint.remove_leftovers(path)
+        if not continues:
+            checkpoint.set_aside(path, but=resume)
+    return content
 
 
 def train_and_test(
@@ -74,6 +123,8 @@ def train_and_test(
     seed: int,
     device: torch.device,
     resumed: Mapping[str, Any] | None = None,
+    processes: Processes = ALONE,
+    stop: StopSignals | None = None,
 ) -> Run:
     """Train a model, save ``NAME.pt`` and ``NAME.jsonl`` in the run folder, test it.
 
@@ -85,96 +136,40 @@ def train_and_test(
         seed: Seed of data order and dropout.
         device: Where the model is.
         resumed: Contents of the checkpoint to continue from.
+        processes: Those that train together.
+        stop: Signals that end the training; without it they keep their meaning.
 
     Raises:
         NonFiniteError: The loss or a gradient is not finite.
         TimeoutError: The loader processes delivered no batch in time.
         ValueError: The checkpoint belongs to another network or to a finished training.
+        Stopped: A signal came, and the training was saved.
     """
-    out = Path(config.run.out)
     steps = total_steps(config, len(data.train))
-    optimiser = make_optimiser(model, config.optim)
-    torch.manual_seed(seed)
-    start = 0
+    session = Session(
+        model,
+        data,
+        config,
+        steps=steps,
+        name=name,
+        seed=seed,
+        device=device,
+        processes=processes,
+        stop=stop,
+    )
     if resumed is not None:
-        start = _resume(resumed, model, optimiser, steps)
-    losses: list[float] = []
-    path = out / f"{name}.pt"
-
-    def save(step: int) -> None:
-        checkpoint.save(path, model=model, optimiser=optimiser, step=step, config=config)
-
-    every = config.run.log_every
-    with RunLog(out / f"{name}.jsonl", steps=steps, name=name, every=every, start=start) as log:
-        log.event("start", seed=seed, start=start, steps=steps)
-
-        def on_step(record: StepRecord) -> None:
-            log.step(record)
-            losses.append(record.loss)
-            often = config.run.checkpoint_every
-            if often is not None and record.step % often == 0 and record.step < steps:
-                save(record.step)
-
-        batches = training_batches(data.train, config, seed=seed, steps=steps, start=start)
-        begun = time.perf_counter()
-        train(
-            model,
-            batches,
-            optimiser,
-            config.optim,
-            steps=steps,
-            start=start,
-            device=device,
-            on_step=on_step,
-        )
-        train_s = time.perf_counter() - begun
-        save(steps)
-        test = evaluate(
-            model,
-            test_batches(data.test, config),
-            clips_per_video=config.data.test_clips,
-            device=device,
-        )
-        log.event("test", accuracy=test.accuracy, loss=test.loss, protocol=data.protocol)
-    print(f"{name:<12} test accuracy {test.accuracy:.1%} after {train_s:.0f} s", flush=True)
-    return Run(losses, test, train_s)
+        _check_steps(resumed["step"], steps, config)
+        session.resume(resumed)
+    test = session.run()
+    print(f"{name:<12} test accuracy {test.accuracy:.1%} after {session.train_s:.0f} s", flush=True)
+    return Run(session.losses, test, session.train_s)
 
 
-def _resume(
-    content: Mapping[str, Any], model: nn.Module, optimiser: torch.optim.Optimizer, steps: int
-) -> int:
-    """Restore everything; returns the steps that were taken."""
-    if content["step"] >= steps:
+def _check_steps(taken: int, steps: int, config: Config) -> None:
+    """A finished training is tested again if it was looked for, and refused if it was named."""
+    named = config.run.resume not in (None, "auto")
+    if taken > steps or (taken == steps and named):
         raise ValueError(
             f"run: expected in run.resume a checkpoint of fewer than {steps} steps, got one of "
-            f"{content['step']}; raise optim.steps"
+            f"{taken}; raise optim.steps"
         )
-    try:
-        model.load_state_dict(content["model"])
-        optimiser.load_state_dict(content["optimiser"])
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            "run: expected in run.resume a checkpoint of this network, got another "
-            f"({str(error).splitlines()[0]}); use the model and optim sections of its config"
-        ) from error
-    checkpoint.restore_rng(content["rng"])
-    return content["step"]
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(
-            f"run: expected run.device to be auto, cpu or cuda:N, got {name!r}; use auto"
-        ) from error
-    count = torch.cuda.device_count() if device.type == "cuda" else 0
-    if device.type not in ("cpu", "cuda") or (
-        device.type == "cuda" and (device.index or 0) >= count
-    ):
-        raise ValueError(
-            f"run: expected run.device among cpu and {count} CUDA devices, got {name!r}; use auto"
-        )
-    return device

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint
 from . import report as reports
 from .config import Config, to_dict
+from .distributed import Processes, joined
 from .evaluate import mean_colour_accuracy
 from .loading import Data, load_data, test_batches, training_batches
 from .measure import attention_sizes, count_parameters
-from .runs import prepare, total_steps, train_and_test
+from .runs import prepare, resumed_content, total_steps, train_and_test
+from .stopping import Stopped, StopSignals
 from .variants import build_model
 
 
 def train_from_config(config: Config, *, command: str) -> Path:
-    """Train and test the configured network.
+    """Train and test the configured network, alone or as one of the processes of torchrun.
 
     Writes into ``run.out``: ``config.json``, ``model.jsonl`` (a line per step), ``model.pt`` (the
     checkpoint), ``report.json`` and ``report.md``.
@@ -32,21 +33,43 @@ def train_from_config(config: Config, *, command: str) -> Path:
     Raises:
         ValueError: Bad value, unknown model, no usable videos.
         NonFiniteError: The loss or a gradient is not finite.
+        Stopped: SIGTERM, or SIGINT once: the training was saved, the process exits with code 0.
     """
+    with joined(config.run.device) as processes:
+        return _train(config, command, processes)
+
+
+def _train(config: Config, command: str, processes: Processes) -> Path:
     begun = time.perf_counter()
-    out, device = prepare(config)
-    resume = config.run.resume
-    resumed = None if resume is None else checkpoint.load(resume, device=device)
-    data = load_data(config, seed=config.run.seed)
+    out, device = prepare(config, processes)
+    seed = config.run.seed
+    resumed = resumed_content(config, out / "model.pt", device=device, processes=processes)
+    with processes.first_alone():
+        data = load_data(config, seed=seed)
     print("\n".join(reports.data_lines(data)))
-    model = build_model(config.model, len(data.classes), seed=config.run.seed).to(device)
+    model = build_model(config.model, len(data.classes), seed=seed).to(device)
     parameters = count_parameters(model)
     sizes = attention_sizes(model, frames=config.data.frames, size=config.data.size)
     print(f"{config.model.name}: {parameters:,} parameters, {reports.attention_line(sizes)}")
 
-    run = train_and_test(
-        model, data, config, name="model", seed=config.run.seed, device=device, resumed=resumed
-    )
+    try:
+        with StopSignals() as stop:
+            run = train_and_test(
+                model,
+                data,
+                config,
+                name="model",
+                seed=seed,
+                device=device,
+                resumed=resumed,
+                processes=processes,
+                stop=stop,
+            )
+    except Stopped as stopped:
+        print(f"stopped and saved at {stopped}; run.resume=auto goes on from there", flush=True)
+        raise
+    if not processes.first:
+        return out / "report.md"
     colour = _mean_colour(data, config) if config.run.colour_check else None
     if colour is not None:
         print(

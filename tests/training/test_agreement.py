@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from nlkernels.training.config import ModelConfig, OptimConfig
-from nlkernels.training.engine import make_optimiser, train
+from nlkernels.training.engine import train
+from nlkernels.training.optimisers import make_optimiser
+from nlkernels.training.schedules import Schedule
+from nlkernels.training.updates import Updater
 from nlkernels.training.variants import build_variant
 
 STEPS = 20
@@ -33,13 +36,11 @@ def training(variant, kind, batches, *, seed, lr):
     optim = OptimConfig(lr=lr, warmup=4, steps=STEPS)
     records = []
     train(
-        model,
+        Updater(model, make_optimiser(model, optim), optim, torch.device("cpu")),
         batches,
-        make_optimiser(model, optim),
-        optim,
+        Schedule(optim, steps=STEPS),
         steps=STEPS,
-        device=torch.device("cpu"),
-        on_step=records.append,
+        on_step=lambda record, stop: records.append(record),
     )
     losses = torch.tensor([record.loss for record in records], dtype=torch.float64)
     return losses, torch.nn.utils.parameters_to_vector(model.parameters()).detach().double()

@@ -104,8 +104,11 @@ ERRORS = {
         ["optim.zzz=3"],
         ValueError,
         "config: expected a known key, got 'optim.zzz' in the command line; known here: name, lr, "
-        "momentum, nesterov, weight_decay, schedule, milestones, gamma, warmup, steps, epochs, "
-        "batch",
+        "lr_batch, momentum, dampening, nesterov, weight_decay, decay, fc_lr5, schedule, unit, "
+        "milestones, gamma, lengths, rates, patience, cosine_from, cosine_every, cosine_period, "
+        "warmup, warmup_start, warmup_form, warmup_to, steps, epochs, batch, accumulate, "
+        "clip_norm, precision, max_skips, ema, norms, sync_norms, precise_norms, freeze, "
+        "only_nonlocal, ft_begin_index",
     ),
     "float-for-int": (
         ["optim.steps=1.5"],
@@ -170,8 +173,8 @@ ERRORS = {
     "unknown-choice": (
         ["optim.schedule=cosin"],
         ValueError,
-        "config: expected optim.schedule to be one of cosine, step, constant, got 'cosin' in the "
-        "command line; did you mean 'cosine'?",
+        "config: expected optim.schedule to be one of cosine, step, multistep, plateau, constant, "
+        "got 'cosin' in the command line; did you mean 'cosine'?",
     ),
     "unknown-variant": (
         ["compare.variants=[none, fsat]"],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nlkernels.cli import main
-from nlkernels.training import checkpoint, runs
+from nlkernels.training import checkpoint, session
 from nlkernels.training.data.synthetic import write_synthetic
 from nlkernels.training.report_schema import TRAINING, check_schema
 
@@ -71,7 +71,7 @@ def test_resumed_training_equals_uninterrupted_training(generated, tmp_path, mon
         if contents["step"] == 4:
             shutil.copy(path, tmp_path / "four.pt")
 
-    monkeypatch.setattr(runs.checkpoint, "save", save_and_keep)
+    monkeypatch.setattr(session.checkpoint, "save", save_and_keep)
     argv = ["train", "smoke", f"data.root={generated}", "data.train_files=12"]
     argv += ["data.test_files=4", "optim.steps=10", "model.dropout=0.5", "run.checkpoint_every=4"]
     assert main([*argv, f"run.out={tmp_path / 'whole'}"]) == 0

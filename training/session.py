@@ -1,0 +1,325 @@
+"""One training: what it consists of, and what happens between two steps.
+
+Behind a step come, where they are due: precise norms, the checkpoint, the test. Every checkpoint is
+saved in front of the test of its step, so a resumed training repeats that test and goes on as if it
+had never been interrupted.
+"""
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .averages import moving_average, set_precise_norms
+from .config import Config
+from .distributed import ALONE, Processes, parallel
+from .engine import StepRecord, train
+from .evaluate import TestResult, evaluate
+from .freezing import freeze
+from .loading import Batches, Data, StepSampler
+from .log import RunLog
+from .log_extras import open_extras
+from .optimisers import make_optimiser
+from .schedules import Schedule
+from .sharding import ShardedSampler, test_order
+from .stopping import Stopped, StopSignals
+from .updates import Updater
+
+
+class Session:
+    """A model in training, with everything that a checkpoint holds.
+
+    Args:
+        model: On ``device``; changed in place.
+        data: Training and test clips.
+        config: Resolved configuration.
+        steps: Length of the training.
+        name: Stem of the files; starts the progress lines.
+        seed: Seed of data order and dropout.
+        device: Where the model is.
+        processes: Those that train together.
+        stop: Signals that end the training.
+
+    Attributes:
+        step: Steps taken.
+        losses: Training losses of the steps taken here, behind the last ones of a resumed part.
+        train_s: Wall-clock duration of the training here, with what it saves and tests on its way.
+
+    Raises:
+        ValueError: Options of ``optim`` that this network cannot have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        config: Config,
+        *,
+        steps: int,
+        name: str,
+        seed: int,
+        device: torch.device,
+        processes: Processes = ALONE,
+        stop: StopSignals | None = None,
+    ) -> None:
+        optim = config.optim
+        freeze(model, optim)
+        if optim.sync_norms:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        optimiser = make_optimiser(model, optim)
+        self._data, self._config, self._steps, self._seed = data, config, steps, seed
+        self._name, self._device, self._processes = name, device, processes
+        self._out = Path(config.run.out)
+        self._path = self._out / f"{name}.pt"
+        self._stop = StopSignals() if stop is None else stop
+        self._schedule = Schedule(optim, steps=steps, clips=len(data.train))
+        self._updater = Updater(parallel(model, device, processes), optimiser, optim, device)
+        self._average = None if optim.ema is None else moving_average(model, optim.ema)
+        self._log: RunLog | None = None
+        self.step = 0
+        self.losses: list[float] = []
+        self.train_s = 0.0
+        torch.manual_seed(processes.seed(seed))
+
+    def resume(self, content: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint: everything is as it was when it was saved.
+
+        Args:
+            content: What ``checkpoint.load`` returned.
+
+        Raises:
+            ValueError: It belongs to another network, or to another optimiser.
+        """
+        updater = self._updater
+        try:
+            updater.model.load_state_dict(content["model"])
+            updater.optimiser.load_state_dict(content["optimiser"])
+            if self._average is not None and content["average"] is not None:
+                self._average.load_state_dict(content["average"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(
+                "run: expected in run.resume a checkpoint of this network, got another "
+                f"({str(error).splitlines()[0]}); use the model and optim sections of its config"
+            ) from error
+        self.step = content["step"]
+        self.losses = list(content["losses"])
+        if content["schedule"] is not None:
+            self._schedule.load_state_dict(content["schedule"])
+        if content["updates"] is not None:
+            updater.load_state_dict(content["updates"])
+        _warn_of_another_order(content["position"], self._position())
+        # Of processes that are new there is no state: they draw from their seeds.
+        if self._processes.rank < len(content["rng"]):
+            checkpoint.restore_rng(content["rng"][self._processes.rank])
+
+    def run(self) -> TestResult:
+        """Train to the end, save, test.
+
+        Returns:
+            The test behind the last step.
+
+        Raises:
+            NonFiniteError: The loss or a gradient is not finite.
+            Stopped: A signal came; the checkpoint is that of the last step taken.
+        """
+        try:
+            with self._opened_log():
+                return self._run()
+        except BaseException as error:
+            # What breaks while a signal is being obeyed, such as a loader that got it too, changes
+            # nothing; with several processes the others may have gone on.
+            alone = self._processes.count == 1 and isinstance(error, Exception)
+            if not isinstance(error, Stopped) and not (self._stop.asked and alone):
+                raise
+            self._save()
+            raise Stopped(f"step {self.step} of {self._steps}") from error
+
+    def _run(self) -> TestResult:
+        self._event("start", seed=self._seed, start=self.step, steps=self._steps)
+        begun = time.perf_counter()
+        if 0 < self.step < self._steps and self._due(self._config.run.test_every):
+            self._settle_norms()
+            self._test_on_the_way()
+        train(
+            self._updater,
+            self._batches(steps=self._steps, start=self.step, seed=self._seed),
+            self._schedule,
+            steps=self._steps,
+            start=self.step,
+            on_step=self._behind,
+            stop=self._stop,
+            processes=self._processes,
+        )
+        self.train_s = time.perf_counter() - begun
+        self._settle_norms()
+        self._save()
+        return self._test()
+
+    def _behind(self, record: StepRecord, stop: bool) -> None:
+        """What comes behind a step."""
+        run = self._config.run
+        self.step = record.step
+        self.losses.append(record.loss)
+        if self._average is not None:
+            self._average.update_parameters(self._updater.model)
+        if self._log is not None:
+            self._log.step(record)
+        if stop:
+            raise Stopped
+        if record.step == self._steps:
+            return
+        saves, tests = self._due(run.checkpoint_every), self._due(run.test_every)
+        if saves or tests:
+            self._settle_norms()
+        if saves:
+            self._save()
+        if tests:
+            self._test_on_the_way()
+
+    def _due(self, every: int | None) -> bool:
+        """Whether something that happens every so often comes behind the last step."""
+        if every is None:
+            return False
+        if self._config.run.unit == "step":
+            return self.step % every == 0
+        # A pass ends within this step or with it.
+        batch, clips = self._config.optim.batch, len(self._data.train)
+        return self.step * batch // (every * clips) > (self.step - 1) * batch // (every * clips)
+
+    def _save(self) -> None:
+        rng = self._processes.gather(checkpoint.rng_state())
+        if not self._processes.first:
+            return
+        average = self._average
+        checkpoint.save(
+            self._path,
+            model=self._updater.model,
+            optimiser=self._updater.optimiser,
+            step=self.step,
+            config=self._config,
+            more={
+                "average": None if average is None else average.state_dict(),
+                "position": self._position(),
+                "schedule": self._schedule.state_dict(),
+                "updates": self._updater.state_dict(),
+                "rng": rng,
+                "losses": self.losses[-checkpoint.LOSSES :],
+            },
+            keep=self._config.run.keep,
+        )
+
+    def _test_on_the_way(self) -> None:
+        self._schedule.tested(self._test().loss)
+
+    def _test(self) -> TestResult:
+        """Test the model, or the average of its weights if there is one."""
+        model, data = self._tested_model(), self._data
+        self._processes.share(model)
+        order = test_order(data.test, self._config, self._processes)
+        test = evaluate(
+            model,
+            self._interruptible(Batches(data.test, order, self._config)),
+            video_of=data.test.video_of,
+            device=self._device,
+            processes=self._processes,
+        )
+        self._event(
+            "test",
+            step=self.step,
+            accuracy=test.accuracy,
+            loss=test.loss,
+            protocol=data.protocol,
+        )
+        return test
+
+    def _settle_norms(self) -> None:
+        """Precise statistics of the batch norms that are tested and saved."""
+        optim = self._config.optim
+        if optim.precise_norms == 0:
+            return
+        models = [self._updater.model]
+        if self._average is not None:
+            models.append(self._average.module)
+        for model in models:
+            # Other clips than those of the next steps, always the same ones.
+            batches = self._batches(steps=optim.precise_norms, start=0, seed=self._seed + 1)
+            set_precise_norms(
+                model,
+                self._interruptible(batches),
+                optim,
+                device=self._device,
+                processes=self._processes,
+            )
+
+    def _batches(self, *, steps: int, start: int, seed: int) -> Batches:
+        order = StepSampler(
+            len(self._data.train),
+            batch=self._config.optim.batch,
+            steps=steps,
+            start=start,
+            seed=seed,
+        )
+        return Batches(self._data.train, ShardedSampler(order, self._processes), self._config)
+
+    def _interruptible(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches between which, and while waiting for which, a signal ends the run."""
+        iterator = iter(batches)
+        while True:
+            with self._stop.waiting():
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _tested_model(self) -> nn.Module:
+        return self._updater.model if self._average is None else self._average.module
+
+    def _position(self) -> dict[str, int]:
+        """The position in the data behind the last step."""
+        clips, batch = len(self._data.train), self._config.optim.batch
+        epoch, clip = divmod(self.step * batch, clips)
+        return {"epoch": epoch, "clip": clip, "clips": clips, "batch": batch, "seed": self._seed}
+
+    @contextmanager
+    def _opened_log(self) -> Iterator[None]:
+        """The log of the first process; the others have none."""
+        if not self._processes.first:
+            yield
+            return
+        self._log = RunLog(
+            self._out / f"{self._name}.jsonl",
+            steps=self._steps,
+            name=self._name,
+            every=self._config.run.log_every,
+            start=self.step,
+            extras=open_extras(self._config, self._out, self._name),
+        )
+        with self._log:
+            yield
+
+    def _event(self, event: str, **values: Any) -> None:
+        if self._log is not None:
+            self._log.event(event, **values)
+
+
+def _warn_of_another_order(saved: Mapping[str, int] | None, own: Mapping[str, int]) -> None:
+    """The order of clips is a function of these; with others it goes on elsewhere in the data."""
+    if saved is None:
+        return
+    changed = [
+        f"{key} {saved[key]} -> {own[key]}"
+        for key in ("clips", "batch", "seed")
+        if saved[key] != own[key]
+    ]
+    if changed:
+        warnings.warn(
+            f"run: the clips come in another order than before the break ({', '.join(changed)})",
+            UserWarning,
+            stacklevel=3,
+        )
