@@ -5,6 +5,7 @@ dictionary alone. Beside the weights stand the scalars lr, model_iter and epoch,
 for every trained blob. Source: facebookresearch/video-nonlocal-net, lib/utils/checkpoints.py.
 """
 
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from nlkernels.models.files._arrays import ARRAYS, CONTAINERS, Array
+from nlkernels.models.files._arrays import ARRAYS, CONTAINERS, Array, check_unfolded
 from nlkernels.models.files._file import File
 from nlkernels.models.files._opcodes import load
 
@@ -32,6 +33,8 @@ def read(stream: BinaryIO) -> File:
     blobs = {**root, **root["blobs"]} if nested else dict(root)
     if nested:
         del blobs["blobs"]
+    unfolded = sum(value.nbytes for value in blobs.values() if isinstance(value, Array))
+    check_unfolded(unfolded, os.fstat(stream.fileno()).st_size)
     state, momenta, metadata = {}, {}, {}
     for name, value in blobs.items():
         if not isinstance(name, str):

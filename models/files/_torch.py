@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from nlkernels.models.files._arrays import ARRAYS, CONTAINERS, Array
+from nlkernels.models.files._arrays import ARRAYS, CONTAINERS, Array, check_unfolded
 from nlkernels.models.files._file import File
 from nlkernels.models.files._opcodes import Inert, Name, load
 
@@ -38,8 +38,6 @@ _DTYPES = {
 # Entries under which programs save the weights, the usual ones first.
 ENTRIES = ("state_dict", "model_state", "model_state_dict", "model", "net", "network")
 PREFIX = "module."
-# How many times the bytes of its file a state dict may take; shared weights are counted each time.
-MOST_UNFOLDED = 16
 
 
 @dataclass
@@ -61,6 +59,10 @@ class Strided:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def tensor(self) -> torch.Tensor:
         """The tensor in memory of its own.
@@ -234,20 +236,12 @@ def _file(root: Any, entry: str | None, size: int) -> File:
         entry = next(name for name in ("", *ENTRIES, *found) if name in found)
     if entry not in found:
         raise ValueError(f"weights in {', '.join(map(repr, found))}, none in {entry!r}")
-    _check_size(found[entry], size)
+    check_unfolded(sum(value.nbytes for value in found[entry].values()), size)
     state = {key: value.tensor() for key, value in found[entry].items()}
     while all(key.startswith(PREFIX) for key in state):
         state = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
     others = tuple(name for name in found if name != entry)
     return File(state, dict(_metadata(root)), "torch", entry, others)
-
-
-def _check_size(state: Mapping[str, Strided | Array], size: int) -> None:
-    """Refuse what unfolds into far more than the file: expanded or repeated storages."""
-    tensors = [value for value in state.values() if isinstance(value, Strided)]
-    unfolded = sum(math.prod(each.shape) * each.dtype.itemsize for each in tensors)
-    if unfolded > MOST_UNFOLDED * size + 2**26:
-        raise ValueError(f"{unfolded} bytes of tensors in a file of {size}")
 
 
 def _states(root: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -285,6 +286,48 @@ def test_tensors_that_unfold_are_refused(tmp_path, archive):
     shared = torch.ones(2**18)
     torch.save({str(i): shared for i in range(200)}, path)
     with pytest.raises(ValueError, match=f"{200 * 2**20} bytes of tensors in a file of"):
+        files.read(path)
+
+
+def repeated(array, times):
+    """Blobs as Python 2 pickles them: one string of bytes, and many arrays that are made of it."""
+    content = array.tobytes()
+    made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+    kind = b"cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffK\x00K\x00tb"
+    shape = b"J" + struct.pack("<i", array.size) + b"\x85"
+    pickled = b"\x80\x02}(U\x04textT" + struct.pack("<i", len(content)) + content + b"q\x01"
+    for number in range(times):
+        name = f"conv{number}_w".encode()
+        pickled += b"U" + bytes([len(name)]) + name + made
+        pickled += b"(K\x01" + shape + kind + b"\x89h\x01tb"
+    return pickled + b"u."
+
+
+@pytest.mark.parametrize("encoded", [False, True], ids=["python2", "python3"])
+def test_arrays_that_repeat_are_refused(tmp_path, encoded):
+    """One array under many names takes its memory many times, of which a file can ask for any."""
+    path = tmp_path / "model.pkl"
+    array = np.zeros(2**18, "f4")
+    if encoded:  # Python 3 writes the bytes of each array as a text to encode
+        path.write_bytes(pickle.dumps({f"conv{i}_w": array for i in range(600)}, 2))
+    else:
+        path.write_bytes(repeated(array, 600))
+    assert path.stat().st_size < 2.2 * 2**20
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=f"{600 * 2**20} bytes of tensors in a file of"):
+        files.read(path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 16 * 2**20
+    path.write_bytes(repeated(array, 8))  # what networks share is no attack
+    assert len(files.read(path).state) == 8
+
+
+def test_arrays_that_repeat_in_a_torch_file_are_refused(tmp_path):
+    path = tmp_path / "model.pth"
+    array = np.zeros(2**18, "f4")
+    torch.save({"model_state": {f"conv{i}_w": array for i in range(600)}}, path)
+    with pytest.raises(ValueError, match=f"{600 * 2**20} bytes of tensors in a file of"):
         files.read(path)
 
 
