@@ -69,7 +69,8 @@ class Layout:
         weight: name of a layer's weight; its bias is `bias`.
         bias: name of a layer's bias.
         counts: whether batch norms count their batches.
-        ignored: endings and names of keys that are no weights.
+        ignored: keys that are no weights: names, endings that start with "_", and beginnings that
+            end with ".".
         flat: convolutions of single frames have two dimensions.
         classifier_dims: dimensions of the classifier's weight.
         inflates: convolutions of images are accepted for those of clips.
@@ -122,7 +123,12 @@ class Layout:
 
     def is_ignored(self, key: str) -> bool:
         """Whether a key is of no weight, such as an optimiser's momentum."""
-        return any(key == name or (name[0] == "_" and key.endswith(name)) for name in self.ignored)
+        return any(
+            key == name
+            or (name[0] == "_" and key.endswith(name))
+            or (name[-1] == "." and key.startswith(name))
+            for name in self.ignored
+        )
 
     def pairs(self, model: nn.Module, *, partial: bool = False) -> list[Pair]:
         """All entries of a model beside their keys.

@@ -1,6 +1,7 @@
 """nonlocal_mindspore and zjut_mindvideo: I3D-R50 with dot-product blocks.
 
-Names follow from the cells of the code; no checkpoint of it could be read.
+Names follow from the cells of the code; no checkpoint of it could be read. One of a training also
+holds the optimiser's entries for each weight, the learning rate and counters.
 
 Source: ZJUT-ERCISS/nonlocal_mindspore: src/models/nonlocal3d.py.
 """
@@ -11,6 +12,9 @@ from nlkernels.models.systems.layout import Layout
 from nlkernels.models.systems.paths import unit
 
 NAME = "mindspore"
+
+_OPTIMISER = ("moments.", "accum.", "stat.", "learning_rate", "momentum")
+_COUNTERS = ("global_step", "epoch_num", "step_num")
 
 _UNITS = {"a": "conv12.conv1", "b": "conv12.conv2", "c": "conv3"}
 
@@ -40,5 +44,6 @@ LAYOUT = Layout(
     preset="mindspore",
     anchors=("backbone.conv1.features.0.weight", "backbone.conv1.features.1.bn2d.gamma"),
     counts=False,
+    ignored=(*_OPTIMISER, *_COUNTERS),
 )
 detect, to_ours, from_ours = LAYOUT.detect, LAYOUT.to_ours, LAYOUT.from_ours
