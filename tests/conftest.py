@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nlkernels import _launch
+from nlkernels.modules import choice
 from tests import interpreter
 
 # Native code, compiled once for all runs of the tests in this checkout; `make clean` removes it.
@@ -54,6 +55,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if metafunc.module.__name__.split(".")[-1].startswith("test_triton"):
             present = present[-1:]  # beside a GPU, kernels are compiled, and run nowhere else
         metafunc.parametrize("device", present if asked == "all" else [asked])
+
+
+@pytest.fixture(autouse=True)
+def few_passes(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Blocks of tests run what large inputs run, unless a test asks for what `choice` says."""
+    if "as_measured" not in request.fixturenames:
+        monkeypatch.setattr(choice, "TABLE", {})
+
+
+@pytest.fixture
+def as_measured() -> None:
+    """Small inputs go layer after layer, as they do without tests."""
 
 
 def _can_be_made(folder: Path) -> bool:

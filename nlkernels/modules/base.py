@@ -9,7 +9,7 @@ from torch import nn
 from nlkernels import functional
 from nlkernels._select import Explanation
 from nlkernels._spec import BACKENDS, check_choice
-from nlkernels.modules import fast, inputs, layers, maps, plain, printed
+from nlkernels.modules import choice, fast, inputs, layers, maps, plain, printed
 from nlkernels.modules.affinity import affinity, block_diagonal
 from nlkernels.modules.footprint import Footprint, footprint
 from nlkernels.modules.options import BlockOptions, Norm, complete, factor
@@ -26,8 +26,8 @@ class NonLocalBlock(nn.Module):
 
     dims: int
     is_nonlocal = True
-    # False runs the layers one after another.
-    fused = True
+    # True computes it in few passes, False layer after layer; None as is faster, by `choice`.
+    fused: bool | None = None
     # True computes the attention's operands again in the backward, where x is kept, too.
     recompute = False
 
@@ -211,7 +211,7 @@ class NonLocalBlock(nn.Module):
         materialises what the block otherwise avoids. Keys of other temporal groups have 0.
         """
         inputs.check(self, x)
-        out, rows = self._path.forward(self, x)
+        out, rows = (plain if self._apart(x) else fast).forward(self, x)
         if not return_map:
             return out
         weights = affinity(self.kind, rows[0], rows[1], self._factor)
@@ -265,7 +265,7 @@ class NonLocalBlock(nn.Module):
         """
         inputs.check(self, x)
         with torch.no_grad():
-            rows = self._path.operands(self, x)
+            rows = (plain if self._apart(x) else fast).operands(self, x)
         if self.kind == "concat":
             found = functional.explain("nonlocal_concat", *rows, backend=self._backend)
         else:
@@ -276,18 +276,19 @@ class NonLocalBlock(nn.Module):
             like = x[:, :1].expand(-1, self.inner, *x.shape[2:]).to(rows[2].dtype)
             regions = self.region.explain(like, layers.region_backend(self.backend))
             parts.append(f"{regions.backend} aggregates regions")
-        obstacles = fast.obstacles(self)
-        if obstacles:
-            parts.append(f"its layers run one after another, as {', '.join(obstacles)}")
+        apart = self._apart(x)
+        if apart:
+            parts.append(f"its layers run one after another, as {', '.join(apart)}")
         return found._replace(problem="; ".join(parts))
 
     def extra_repr(self) -> str:
         return printed.line(self)
 
-    @property
-    def _path(self):
-        """The module that computes this block: `fast`, or `plain` where that has obstacles."""
-        return plain if fast.obstacles(self) else fast
+    def _apart(self, x: torch.Tensor) -> list[str]:
+        """Why the layers run one after another for an input; an empty list where they do not."""
+        found = fast.obstacles(self)
+        small = "" if found else choice.small(self, x)
+        return [small] if small else found
 
     @property
     def _name(self) -> str:

@@ -41,7 +41,7 @@ _ROWS_OF_SCORES = 5
 
 def obstacles(block: "NonLocalBlock") -> list[str]:
     """Why a block takes the plain path; an empty list where it takes this one."""
-    if not block.fused:
+    if block.fused is False:
         return ["its attribute fused is False"]
     if requested_backend(block._backend, None, block._name) == "reference":
         return ["the backend reference is the definition"]

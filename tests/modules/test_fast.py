@@ -1,5 +1,6 @@
 """The fast path of a block against its layers one after another: numbers, copies, what is kept."""
 
+import copy
 import functools
 
 import pytest
@@ -114,6 +115,46 @@ def test_layers_that_are_watched_or_replaced_run_by_themselves():
     made = block()
     made.fused = False
     assert fast.obstacles(made) == ["its attribute fused is False"]
+
+
+def is_apart(made, x):
+    return "one after another, as the input is small" in made.explain(x).problem
+
+
+@pytest.mark.parametrize("kind", ["softmax", "dot_product"])
+def test_small_inputs_go_layer_after_layer(as_measured, kind):
+    made = NonLocalBlock3d(32, kind=kind, zero_init=None).eval()
+    small, large = features(1, 32, 4, 8, 8).float(), torch.zeros(4, 32, 16, 8, 9)
+    for x, apart in ((small, True), (large, False)):
+        assert is_apart(made, x) == apart
+    quick = copy.deepcopy(made)
+    quick.fused = True
+    assert not is_apart(quick, small)
+    torch.testing.assert_close(made(small), quick(small))
+
+
+def test_what_small_inputs_does_not_hold_for(as_measured):
+    x = features(1, 32, 2, 8, 8)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert not is_apart(NonLocalBlock3d(32).to(dtype), x.to(dtype))
+    made = NonLocalBlock3d(32)
+    assert is_apart(made, x.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not is_apart(made, x.float())
+    made.recompute = True
+    assert not is_apart(made, x.float())
+    assert not is_apart(NonLocalBlock3d(32, kind="relu"), x.float())
+    explained = NonLocalBlock3d(32)
+    explained.fused = False
+    assert "its attribute fused is False" in explained.explain(x.float()).problem
+
+
+def test_compiled_and_exported_graphs_hold_few_passes(as_measured):
+    made, x = NonLocalBlock3d(32).eval(), features(1, 32, 2, 8, 8).float()
+    program = torch.export.export(made, (x,))
+    names = {str(node.target) for node in program.graph.nodes}
+    assert any("nlkernels.pointwise" in name for name in names)
+    assert not any("convolution" in name or "conv3d" in name for name in names)
 
 
 def test_another_norm_runs_by_itself():
