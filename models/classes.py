@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 CLASSIFIER = "fc"
+# Systems that do not number classes by the alphabet, and how they do.
+ORDERS = {"mindspore": "as they first appear in the training list, not by the alphabet"}
 
 
 def alphabetical(labels: Iterable[str]) -> list[str]:

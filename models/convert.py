@@ -15,6 +15,7 @@ from torch import nn
 
 from nlkernels._spec import check_choice
 from nlkernels._systems import COUNT_KEY, dense_mask
+from nlkernels.models.classes import CLASSIFIER, ORDERS
 from nlkernels.models.differences import block_differences, design_differences
 from nlkernels.models.systems import SYSTEMS, detect
 from nlkernels.models.systems.layout import Layout, Pair, fits, inflated, native
@@ -38,7 +39,8 @@ class LoadReport:
         missing: keys that the model needs; empty unless nothing was to be loaded.
         wrong_shape: keys of another shape, with both; empty unless nothing was to be loaded.
         inflated: keys of convolutions that were repeated over time.
-        notes: how a model of another system differs from the checkpoint's networks.
+        notes: how a model of another system differs from the checkpoint's networks, and in what
+            order its classes are unless that is the alphabet's.
         forms: (shape, dtype) of every key of the source, for `export_foreign`.
     """
 
@@ -88,8 +90,8 @@ def load_foreign(
         A `LoadReport`; the model computes what the checkpoint's does, but for its `notes`.
 
     Raises:
-        ValueError: keys that are missing, unexpected or of a wrong shape, all of them listed with
-            a remedy; keys of no known system; blocks that compute something else with the same
+        ValueError: keys that are missing, unexpected or of a wrong shape, the first of them listed
+            with a remedy; keys of no known system; blocks that compute something else with the same
             weights. The model is as it was.
         TypeError: no model of ours; a value that is no array of floating-point numbers.
 
@@ -258,6 +260,9 @@ def _matched(
     notes = [] if own else design_differences(model, layout.name)
     if idle:
         notes = [*notes, "factors behind blocks were left out, as the original leaves them out"]
+    if layout.name in ORDERS and f"{CLASSIFIER}.weight" not in fresh:
+        order = f"classes are numbered {ORDERS[layout.name]}"
+        notes = [*notes, f"{order}; nlkernels.models.classes puts them in another order"]
     report = LoadReport(
         system=layout.name,
         prefix=prefix,
