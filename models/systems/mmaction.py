@@ -29,13 +29,12 @@ def _module(model: nn.Module, path: str) -> str | None:
         name = f"conv{'abc'.index(part.letter) + 1}.{kind}"
     owner = place(model, part)
     bottleneck = model.bottleneck(part.layer, part.index)
-    if model.design.shift is not None:
-        if bottleneck.nl is not None:
-            owner += ".block"
-        if bottleneck.shift and model.design.shift == "block":
-            owner += ".net"
-        elif bottleneck.shift and part.inner == "conv1":
-            name += ".net"
+    if model.design.head == "frames" and bottleneck.nl is not None:  # TSM wraps, shifted or not
+        owner += ".block"
+    if bottleneck.shift and model.design.shift == "block":
+        owner += ".net"
+    elif bottleneck.shift and part.inner == "conv1":
+        name += ".net"
     return _prefixed(f"{owner}.{name}")
 
 
