@@ -9,7 +9,7 @@ import difflib
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from . import config_data, config_optim, config_run
 from .config_data import DataConfig
@@ -156,8 +156,8 @@ def _check_combinations(config: Config) -> None:
     config_run.check_run(config.run)
     if config.optim.schedule == "plateau" and config.run.test_every is None:
         raise ValueError(
-            "config: expected run.test_every with optim.schedule=plateau, got nothing; tests decide "
-            "there, write for example run.unit=epoch run.test_every=1"
+            "config: expected run.test_every with optim.schedule=plateau, got nothing; write for "
+            "example run.unit=epoch run.test_every=1"
         )
     config_data.check_data(data)
     for variant in compare.variants:
