@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from nlkernels.training.config import Config, DataConfig, OptimConfig
+from nlkernels.training.data.dataset import DecodeRateError
 from nlkernels.training.data.reader import VideoReadError
 from nlkernels.training.loading import StepSampler, training_batches
 from nlkernels.training.loading import test_batches as batches_of_the_test
@@ -38,6 +39,11 @@ class Hanging(Clips):
 class Failing(Clips):
     def __getitem__(self, number):
         raise VideoReadError("clip.mp4", "damaged")
+
+
+class TooManyFailing(Clips):
+    def __getitem__(self, number):
+        raise DecodeRateError("data: expected at most 5% to fail, got more; take videos out")
 
 
 class Broken(Clips):
@@ -114,6 +120,14 @@ def test_a_video_that_keeps_failing_is_one_line(workers):
         "video reader: expected a video that can be decoded, got clip.mp4 (damaged); "
         "repair the file or take it out of the folder"
     )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_failures_are_one_line(workers):
+    batches = training_batches(TooManyFailing(), config(workers), seed=0, steps=1)
+    with pytest.raises(DecodeRateError) as caught:
+        next(iter(batches))
+    assert str(caught.value) == "data: expected at most 5% to fail, got more; take videos out"
 
 
 def test_other_errors_of_the_loader_pass_through():

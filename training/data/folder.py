@@ -109,7 +109,7 @@ class FolderDataset(ClipDataset):
             else:
                 usable.append((video, name))
         present = sorted({name for _, name in usable})
-        classes = _class_folders(Path(root) / "train") if split_by == "folder" else present
+        classes = class_folders(Path(root) / "train") if split_by == "folder" else present
         _check_classes(root, present if split == "train" else classes, problems)
         labels = {name: label for label, name in enumerate(classes)}
         if preload:
@@ -141,22 +141,22 @@ def _find_videos(root: Path, split: str, split_by: str) -> list[tuple[Path, str]
                     f"FolderDataset: expected a folder {folder}, got none; make it with one folder "
                     "per class, or split every video by time"
                 )
-        classes, expected = _class_folders(root / "train"), f"{root / split}/CLASS/"
-        others = sorted(set(_class_folders(root / split)) - set(classes))
+        classes, expected = class_folders(root / "train"), f"{root / split}/CLASS/"
+        others = sorted(set(class_folders(root / split)) - set(classes))
         if others:
             raise ValueError(
                 f"FolderDataset: expected the classes of {root / 'train'}, got others in "
                 f"{root / split}: {', '.join(others)}; give every class training videos"
             )
-        files = [(path, name) for name in classes for path in _videos_in(root / split / name)]
+        files = [(path, name) for name in classes for path in videos_in(root / split / name)]
     else:
         if not root.is_dir():
             raise FileNotFoundError(
                 f"FolderDataset: expected a folder, got {root}; name the folder of the videos"
             )
         expected = f"{root}/ or {root}/CLASS/"
-        files = [(path, path.stem) for path in _videos_in(root)]
-        files += [(path, name) for name in _class_folders(root) for path in _videos_in(root / name)]
+        files = [(path, path.stem) for path in videos_in(root)]
+        files += [(path, name) for name in class_folders(root) for path in videos_in(root / name)]
     if not files:
         raise ValueError(
             f"FolderDataset: expected video files in {expected}, got none with an extension of "
@@ -180,14 +180,15 @@ def _check_classes(
     )
 
 
-def _class_folders(folder: Path) -> list[str]:
+def class_folders(folder: Path) -> list[str]:
     """Sorted names of the folders with at least one file that should be a video."""
     return sorted(
-        entry.name for entry in folder.iterdir() if entry.is_dir() and len(_videos_in(entry)) > 0
+        entry.name for entry in folder.iterdir() if entry.is_dir() and len(videos_in(entry)) > 0
     )
 
 
-def _videos_in(folder: Path) -> list[Path]:
+def videos_in(folder: Path) -> list[Path]:
+    """Files of a folder that should be videos, sorted."""
     if not folder.is_dir():
         return []
     return sorted(

@@ -26,10 +26,9 @@ class AvReader:
     Args:
         path: The video file.
         container: An open `av` container with a video stream.
-        starts: Time stamps of all frames, ascending, in units of the stream; of a file without any
-            (some AVI) numbers of frames.
+        starts: Time stamps of all frames, ascending, in units of the stream.
         keys: Numbers of the frames at which decoding can begin, ascending, from 0; None for a file
-            without time stamps, which is decoded from its beginning.
+            without time stamps to rely on (AVI), which is decoded from its beginning.
     """
 
     def __init__(
@@ -179,20 +178,19 @@ def _index(path: str, container: Any) -> tuple[list[int], list[int] | None]:
         raise VideoReadError(path, "no video in it")
     stream = container.streams.video[0]
     stream.thread_count = 1
-    stamps: list[tuple[int, bool]] = []
+    stamps: list[tuple[int | None, bool]] = []
     try:
         for packet in container.demux(stream):
             # The end is an empty packet. One to be thrown away shows nothing (edit lists of MP4).
-            if packet.size == 0 or packet.is_discard:
-                continue
-            if packet.pts is None:
-                container.seek(0)
-                return list(range(sum(1 for _ in container.decode(stream)))), None
-            stamps.append((packet.pts, packet.is_keyframe))
+            if packet.size > 0 and not packet.is_discard:
+                stamps.append((packet.pts, packet.is_keyframe))
     except Exception as error:  # FFmpeg's errors have many classes
         raise VideoReadError(path, f"cannot be read: {one_line(error)}") from error
     if not stamps:
         raise VideoReadError(path, "no frames in it")
+    # Time stamps of AVI are not those of its frames where these are stored out of order.
+    if container.format.name == "avi" or any(stamp is None for stamp, _ in stamps):
+        return list(range(len(stamps))), None
     stamps.sort()
     keys = [number for number, (_, is_key) in enumerate(stamps) if is_key]
     return [stamp for stamp, _ in stamps], keys if keys and keys[0] == 0 else [0, *keys]

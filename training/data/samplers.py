@@ -244,7 +244,7 @@ class InceptionSampler(Sampler):
     Example:
         >>> sampler = InceptionSampler(frames=64)
         >>> sampler.test_clips(150), sampler.test(150, 25.0, 2, None)[-1]
-        (3, 141)
+        (3, 147)
     """
 
     by_length: ClassVar[bool] = True

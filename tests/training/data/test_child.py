@@ -1,0 +1,76 @@
+"""Videos decoded in a child process: the same frames, and no hang or crash of a decoder spreads."""
+
+import os
+import time
+from contextlib import closing
+
+import pytest
+import torch
+
+from nlkernels.training.data.child import ChildReader
+from nlkernels.training.data.reader import VideoReadError, choose_reader, open_video
+
+from .test_scan import FAKE
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    (tmp_path / "fake_reader.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    yield "fake_reader:Reader"
+    ChildReader.stop_children()
+
+
+@pytest.fixture
+def decoder(decord):
+    yield choose_reader()
+    ChildReader.stop_children()
+
+
+def test_frames_are_the_same(tmp_path, numbered, decoder):
+    path = numbered(tmp_path / "v.mp4", 12)
+    with (
+        closing(open_video(path)) as here,
+        closing(ChildReader.open(path, reader=decoder)) as there,
+    ):
+        assert (len(there), there.fps) == (len(here), here.fps)
+        for indices in ([0], [7, 3, 3, 11], range(12)):
+            assert torch.equal(there.frames(indices), here.frames(indices))
+
+
+def test_errors_are_the_same(tmp_path, numbered, decoder):
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(VideoReadError, match="the file is empty"):
+        ChildReader.open(tmp_path / "empty.mp4", reader=decoder)
+    video = ChildReader.open(numbered(tmp_path / "v.mp4", 3), reader=decoder)
+    with pytest.raises(VideoReadError, match="has 3 frames, frames 1 to 3 were asked for"):
+        video.frames([1, 3])
+    assert len(video.frames([1, 2])) == 2
+
+
+def test_hanging_and_crashing_decoders_cost_one_video_each(fake):
+    began = time.monotonic()
+    for name, reason in (
+        ("hang-1", "no answer within 0.5 s, given up"),
+        ("exit-1", r"the decoding process ended \(exit code 3\)"),
+        ("crash-1", r"the decoding process ended \(signal 11\)"),
+        ("raise-1", "RuntimeError: deep inside"),
+    ):
+        with pytest.raises(VideoReadError, match=reason):
+            ChildReader.open(name, reader=fake, timeout_s=0.5)
+        video = ChildReader.open("talk-a", reader=fake, timeout_s=0.5)
+        assert video.frames([1, 0])[:, 0, 0, 0].tolist() == [ord("a") + 1, ord("a")]
+    assert time.monotonic() - began < 30
+
+
+def test_one_child_serves_all_videos_and_none_is_left(fake):
+    def children():
+        with open(f"/proc/{os.getpid()}/task/{os.getpid()}/children") as listing:
+            return set(listing.read().split())
+
+    before = children()
+    for name in ("a", "b", "c"):
+        ChildReader.open(name, reader=fake).frames([0])
+    assert len(children() - before) == 1
+    ChildReader.stop_children()
+    assert children() == before
