@@ -5,25 +5,22 @@ import json
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from nlkernels._spec import check_choice
-from nlkernels._systems import SYSTEMS as BLOCKS
 from nlkernels.models import blobs, files
-from nlkernels.models.classes import class_rows, read_names, take_classes
+from nlkernels.models.classes import CLASSIFIER, class_rows, read_names, take_classes
 from nlkernels.models.convert import LoadReport, export_foreign, load_foreign
 from nlkernels.models.fitting import Fit, closest, fitting, without_values
-from nlkernels.models.registry import create_model, registered
+from nlkernels.models.provenance import Conversion, known, open_kinds
+from nlkernels.models.registry import create_model
 from nlkernels.models.systems import SYSTEMS
 from nlkernels.models.weights import NAME, OPTIONS, is_ours, open_weights, save_weights
-from nlkernels.models.zoo import SOURCES, describe
-from nlkernels.modules.base import NonLocalBlock
 
-# Source and licence of torchvision's weights of images.
-_IMAGES = ("github.com/pytorch/vision", "BSD-3-Clause")
 REWRITES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "affine": blobs.bn_to_affine,
     "batch": blobs.affine_to_bn,
@@ -95,7 +92,7 @@ def convert(
 
     Raises:
         FileNotFoundError: no source.
-        ValueError: weights that do not fit the model, or none or several models; all keys in
+        ValueError: weights that do not fit the model, or none or several models; the first keys in
             question are listed, and what to do.
         OSError: the target cannot be written.
     """
@@ -106,11 +103,13 @@ def convert(
     lines = [f"{source.name}: {len(file.state)} tensors, {_spoken(file)}"]
     lines += [f"  other weights in it: {', '.join(file.others)} (--entry)"] if file.others else []
     content: dict[str, Any] = file.state
+    beside, numbers = file.extra, file.metadata
     if rewrite is not None:
         content = _rewritten(rewrite, file)
         lines.append(f"  rewritten ({rewrite}): {len(_tensors(content))} blobs")
+        numbers = {key: value for key, value in content.items() if key not in _tensors(content)}
+        beside = {}  # its tools drop the momenta
         if to == "caffe2" and name is None:
-            numbers = {key: value for key, value in content.items() if key not in _tensors(content)}
             files.write(target, _tensors(content), numbers, format="caffe2")
             return "\n".join([*lines, f"{target}: blobs of caffe2, flat"])
     if is_ours(file):
@@ -122,8 +121,10 @@ def convert(
         model = _model(fit, state)
         report = load_foreign(model, state, system, new=new, inflate=inflate)
         lines += _report(report)
-        lines += _ambiguity(model, report)
-        origin = Origin(file, _known(source, file, fit, model, report), report)
+        made = Conversion(source.name, file.metadata, fit, model, report, rewrite is not None)
+        lines += _ambiguity(made)
+        beside = {**beside, **{key: state[key] for key in report.ignored if key in state}}
+        origin = Origin(file, known(made), report, beside, numbers)
     if names:
         fit, origin = _reorder(model, fit, origin, *names)
         lines.append(f"  classes: {len(names[1])} of {len(names[0])}, in the order of {classes[1]}")
@@ -196,12 +197,25 @@ def _reorder(
             f"convert: expected the names of all {model.fc.out_features} classes of the "
             f"checkpoint, got {len(theirs)}; pass the list that it was trained with"
         )
+    beside = {} if origin.report is None else _of_no_class(model, origin)
     take_classes(model, class_rows(theirs, ours))
     fit = fit._replace(options={**fit.options, "num_classes": len(ours)})
     known = {**origin.metadata, "classes": json.dumps(ours)}
+    known.pop("class_order", None)
     # Rows of another number are no longer what was read.
     report = origin.report if len(ours) == len(theirs) else None
-    return fit, origin._replace(metadata=known, report=report)
+    return fit, origin._replace(metadata=known, report=report, beside=beside)
+
+
+def _of_no_class(model: nn.Module, origin: "Origin") -> dict[str, torch.Tensor]:
+    """What stands beside weights but for the classifier's, whose rows are still in their order."""
+    pairs = SYSTEMS[origin.report.system].pairs(model, partial=True)
+    keys = [pair.key for pair in pairs if pair.entry.startswith(f"{CLASSIFIER}.")]
+    return {
+        name: tensor
+        for name, tensor in origin.beside.items()
+        if not any(key in name for key in keys)
+    }
 
 
 def _own(
@@ -235,7 +249,7 @@ def _fit(
     if found:
         raise ValueError(
             f"convert: expected the model that {source.name} is of, got none; weights do not show "
-            f"strides and clips, so choose: {_choices(found)}"
+            f"strides, padding and clips, so choose: {_choices(found)}"
         )
     if name is None:
         raise ValueError(
@@ -275,52 +289,34 @@ def _report(report: LoadReport) -> list[str]:
     return [f"keys of {report.system}: {spoken}", *details]
 
 
-def _ambiguity(model: nn.Module, report: LoadReport) -> list[str]:
+def _ambiguity(made: Conversion) -> list[str]:
     """What the weights leave open about blocks."""
-    kinds = _kinds(model)
-    preset = SYSTEMS[report.system].preset
-    if not kinds & {"softmax", "dot_product"} or preset is None:
+    kinds = open_kinds(made)
+    if len(kinds) < 2:
         return []
-    possible = {"softmax", "dot_product"} & set(BLOCKS[preset].kinds)
-    if len(possible) < 2:
-        return []
-    (kind,) = kinds
-    other = "dot_product" if kind == "softmax" else "softmax"
+    kind, other = kinds
     return [
         f"  note: weights are the same for softmax and dot_product; taken as {kind}, "
         f"--option block.kind={other} takes the other"
     ]
 
 
-def _kinds(model: nn.Module) -> set[str]:
-    return {module.kind for module in model.modules() if isinstance(module, NonLocalBlock)}
-
-
-def _known(
-    source: Path, file: files.File, fit: Fit, model: nn.Module, report: LoadReport
-) -> dict[str, Any]:
-    """What is known of weights: where they are from, and how the published ones were tested."""
-    origin, licence = SOURCES.get(report.system, _IMAGES)
-    known = {"system": report.system, "file": source.name, "source": origin, "licence": licence}
-    # The results are those of weights that were trained for that network.
-    own = registered(fit.name).system == report.system
-    results = describe(fit.name).results if own else ()
-    blocks, kinds = fit.options.get("blocks", 0), _kinds(model)
-    for result in results:
-        if result.blocks == blocks and (not kinds or result.kind in kinds):
-            top5 = "" if result.top5 is None else f", top-5 {result.top5}"
-            known["protocol"] = f"Kinetics-400: {result.protocol}"
-            known["published"] = f"top-1 {result.top1}{top5}"
-    known.setdefault("protocol", "none published for this network")
-    return known | {f"source.{key}": value for key, value in file.metadata.items()}
-
-
 class Origin(NamedTuple):
-    """Where weights are from."""
+    """Where weights are from.
+
+    Attributes:
+        file: as it was read.
+        metadata: what is known of the weights.
+        report: how they were loaded; None for those of ours.
+        beside: tensors that are no weights, which go back into a file of the same system.
+        numbers: the same of numbers and texts.
+    """
 
     file: files.File
     metadata: dict[str, Any]
     report: LoadReport | None = None
+    beside: Mapping[str, torch.Tensor] = MappingProxyType({})
+    numbers: Mapping[str, Any] = MappingProxyType({})
 
 
 def _written(target: Path, model: nn.Module, fit: Fit, to: str | None, origin: Origin) -> str:
@@ -333,9 +329,12 @@ def _written(target: Path, model: nn.Module, fit: Fit, to: str | None, origin: O
     # A checkpoint that goes back to where it came from is what it was.
     same = report is not None and report.system == to
     state = export_foreign(model, to, like=report if same else None)
-    entry, numbers = form.entry, {}
+    entry: str = form.entry
+    numbers: Mapping[str, Any] = {}
+    if same and file.format == form.format:
+        state = {**state, **origin.beside}
     if same and file.format == form.format == "caffe2":
-        state, entry, numbers = {**state, **file.extra}, file.entry, file.metadata
+        entry, numbers = file.entry, origin.numbers
     state = {form.prefix + key: tensor for key, tensor in state.items()}
     files.write(target, state, numbers, format=form.format, entry=entry)
     return f"{target}: {len(state)} tensors of {spoken}, as {to} keeps them"

@@ -14,6 +14,8 @@ from nlkernels.models.systems import SYSTEMS, detect
 from nlkernels.models.systems.layout import Layout, fits
 
 _CLASSIFIER = "fc."
+# Systems whose networks without blocks have the same keys, and other padding and epsilons.
+_SAME_KEYS = ("hassony2", "inception_nl")
 
 
 class Fit(NamedTuple):
@@ -34,8 +36,9 @@ def fitting(
 ) -> list[Fit]:
     """Networks that a checkpoint holds all weights of: names and shapes decide.
 
-    Weights tell neither settings apart that differ in strides or lengths of clips alone, nor blocks
-    of softmax from those of a dot product: several networks may fit.
+    Weights tell neither settings apart that differ in strides or lengths of clips alone, nor ports
+    that differ in padding and epsilon, nor blocks of softmax from those of a dot product: several
+    networks may fit.
 
     Args:
         state: tensors by the keys of a system.
@@ -66,7 +69,7 @@ def fitting(
     """
     shapes = without_values(state)
     if name is None:
-        systems = list(detect(shapes))[:1] if system == "auto" else [system]
+        systems = _systems(shapes) if system == "auto" else [system]
         own = {each: registered(each).system for each in list_models()}
         names = [each for each in own if own[each] in systems]
     else:
@@ -80,6 +83,13 @@ def fitting(
                 found.append(Fit(each, options_))
                 break
     return found
+
+
+def _systems(keys: Collection[str]) -> list[str]:
+    """The surest system of keys, and those that only more than keys could tell from it."""
+    surest, *others = list(detect(keys)) or [""]
+    alike = _SAME_KEYS if surest in _SAME_KEYS else ()
+    return [surest, *(each for each in others if each in alike)]
 
 
 def without_values(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,11 +1,12 @@
 """`nlk models`: every registered network with its costs, its published results and its licence."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from nlkernels._spec import nearest
 from nlkernels.models.costs import costs
 from nlkernels.models.registry import list_models
-from nlkernels.models.zoo import Input, Record, describe
+from nlkernels.models.zoo import Input, Record, Result, describe
 
 # Multiply-adds "published" are those of the system's own counter, "executed" what runs here.
 _HEADER = "  blocks                   parameters   published    executed   top-1   top-5"
@@ -42,12 +43,12 @@ def _lines(record: Record) -> Iterator[str]:
     owner = f"{record.family} of {record.system}" if record.system else record.family
     yield f"{record.name}  {owner}; {_spoken(record.input)}"
     if record.source is not None:
-        yield f"  {record.source}; weights {record.licence}"
+        yield f"  {record.source}; {record.licence}"
     yield _HEADER
-    published = {(each.blocks, each.kind): each for each in record.results}
-    for blocks, kind in dict.fromkeys([(0, None), *published]):
-        result = published.get((blocks, kind))
-        yield _row(record, blocks, kind, *((result.top1, result.top5) if result else (None, None)))
+    if not any(result.blocks == 0 for result in record.results):
+        yield _row(record, Result(0, None, None, None, ""))
+    for result in record.results:
+        yield _row(record, result)
     for protocol in dict.fromkeys(each.protocol for each in record.results):
         yield f"  Kinetics-400: {protocol}"
     yield ""
@@ -65,15 +66,14 @@ def _ordinal(number: int) -> str:
     return {2: "nd", 3: "rd"}.get(number, "th")
 
 
-def _row(
-    record: Record, blocks: int, kind: str | None, top1: float | None, top5: float | None
-) -> str:
-    options = {"blocks": blocks, **({"block": {"kind": kind}} if kind is not None else {})}
+def _row(record: Record, result: Result) -> str:
+    options: dict[str, Any] = {"blocks": result.blocks}
+    options |= {} if result.kind is None else {"block": {"kind": result.kind}}
     found = costs(record.name, record.input.frames, record.input.size, **options)
     numbers = [f"{found.parameters / 1e6:.2f}M"]
     numbers += [f"{each / 1e9:.2f}G" for each in (found.published, found.executed)]
-    accuracies = ["" if each is None else f"{each:g}" for each in (top1, top5)]
-    label = f"{blocks} {kind}" if kind else str(blocks)
+    accuracies = ["" if each is None else f"{each:g}" for each in (result.top1, result.top5)]
+    label = " ".join(filter(None, (str(result.blocks), result.kind, result.recipe)))
     return (
         f"  {label:<22}{numbers[0]:>13}{numbers[1]:>12}{numbers[2]:>12}"
         f"{accuracies[0]:>8}{accuracies[1]:>8}"

@@ -26,7 +26,7 @@ NETWORKS = {
     "rnl": ("rnl_tsm_r50", 5, True),
     "tsm": ("tsm_r50", 5, True),
     "inception_nl": ("inception_nl_rgb", 2, True),
-    "hassony2": ("hassony2_i3d_rgb", 0, True),
+    "hassony2": ("hassony2_i3d_rgb", 0, False),
     "piergiaj": ("piergiaj_i3d_rgb", 0, True),
 }
 
@@ -78,16 +78,16 @@ def test_there_and_back(capsys, tmp_path, system):
     assert files.read(back).entry == source.entry
 
 
-def test_what_is_known_of_published_weights_goes_with_them(tmp_path):
+def test_what_is_known_of_weights_goes_with_them(tmp_path):
+    """No accuracy is claimed for them: they have 6 classes and an eighth of the channels."""
     target, options = tmp_path / "m.safetensors", {"width": WIDTH}
     out = convert(checkpoint(tmp_path, "caffe2"), target, name="i3d_r50_8x8", options=options)
     assert "taken as softmax, --option block.kind=dot_product takes the other" in out
     metadata = files.read(target).metadata
-    protocol = "10 clips x 3 crops of 256, softmax at 2 x 2 locations, probabilities averaged"
     assert metadata["source"] == "github.com/facebookresearch/video-nonlocal-net"
-    assert metadata["licence"] == "CC-BY-NC-4.0"
-    assert metadata["protocol"] == f"Kinetics-400: {protocol}"
-    assert metadata["published"] == "top-1 74.7, top-5 91.6"
+    assert metadata["licence"] == "repository: CC-BY-NC-4.0; weights: not stated"
+    assert metadata["protocol"] == "none published for these weights"
+    assert not {"published", "candidates", "class_order"} & metadata.keys()
     assert metadata["source.epoch"] == "7"
     assert metadata["file"] == "caffe2.checkpoint"
 
@@ -126,6 +126,20 @@ def test_several_networks_are_named(capsys, tmp_path):
     assert (code, out) == (2, "")
     assert "so choose: --model i3d_r50_32x2, --model i3d_r50_8x8" in err
     assert err.count("\n") == 1
+
+
+def test_ports_of_the_same_keys_are_named(capsys, tmp_path):
+    """Without blocks two ports of Inception-I3D differ in padding and epsilon alone."""
+    path, target = checkpoint(tmp_path, "hassony2"), tmp_path / "m.safetensors"
+    code, out, err = nlk(capsys, path, target)
+    assert (code, out) == (2, "")
+    assert "padding and clips, so choose: --model hassony2_i3d_rgb, --model inception_nl_rgb" in err
+    assert not target.exists()
+    for name in ("hassony2_i3d_rgb", "inception_nl_rgb"):
+        assert nlk(capsys, path, target, "--model", name)[0] == 0
+        assert files.read(target).metadata["model"] == name
+    assert nlk(capsys, path, target, "--from", "hassony2")[0] == 0
+    assert files.read(target).metadata["model"] == "hassony2_i3d_rgb"
 
 
 WRONG = {
@@ -185,7 +199,7 @@ def test_blocks_and_classes_may_start_fresh(capsys, tmp_path):
 
 def test_images_inflate(capsys, tmp_path):
     """torchvision's names and two dimensions: each repeated over time, divided by its frames."""
-    image = create_model("c2d_r50_8x8", num_classes=6, width=WIDTH)
+    image = create_model("slowfast_c2d_r50_8x8", num_classes=6, width=WIDTH)
     path, target = tmp_path / "resnet50.pth", tmp_path / "m.safetensors"
     files.write(path, export_foreign(image, "torchvision"), format="torch")
     assert files.read(path).state["conv1.weight"].dim() == 4
@@ -211,6 +225,7 @@ def test_classes_of_another_order(capsys, tmp_path, kept):
     order = tmp_path / "train.csv", tmp_path / "classids.json"
     code, out, err = nlk(capsys, path, target, "--classes", *order)
     assert (code, err) == (0, ""), err
+    assert "class_order" not in files.read(target).metadata
     assert f"classes: {kept} of 6, in the order of {order[1]}" in out
     theirs = network("mindspore").fc
     got = load_weights(target).fc
@@ -224,6 +239,67 @@ def test_classes_of_another_order(capsys, tmp_path, kept):
     reread = files.read(back).state
     heads = [value for value in reread.values() if value.shape in {(kept,), got.weight.shape}]
     assert any(torch.equal(value.reshape(-1), got.bias) for value in heads)
+
+
+def test_classes_that_are_not_in_the_order_of_the_alphabet_are_announced(capsys, tmp_path):
+    path, target = checkpoint(tmp_path, "mindspore"), tmp_path / "m.safetensors"
+    order = "as they first appear in the training list, not by the alphabet"
+    code, out, _ = nlk(capsys, path, target)
+    assert code == 0
+    assert f"note: classes are numbered {order}" in out
+    assert files.read(target).metadata["class_order"] == order
+    new = ("--new", "classifier", "--option", "num_classes=4")
+    code, out, _ = nlk(capsys, path, target, "--model", "mindspore_i3d_r50_32", *new)
+    assert code == 0
+    assert "classes are numbered" not in out
+    assert "class_order" not in files.read(target).metadata
+
+
+# What MindSpore's training keeps beside the weights.
+MINDSPORE = {
+    "moments.backbone.conv1.features.0.weight": torch.ones(8, 3, 5, 7, 7),
+    "moments.head.dense.weight": torch.ones(6, 256),
+    "accum.head.dense.bias": torch.ones(6),
+    "stat.head.dense.bias": torch.ones(6),
+    "learning_rate": torch.tensor(0.1),
+    "momentum": torch.tensor(0.9),
+    "global_step": torch.tensor([7], dtype=torch.int32),
+    "epoch_num": torch.tensor(3, dtype=torch.int32),
+    "step_num": torch.tensor(4975, dtype=torch.int32),
+}
+
+
+def test_checkpoints_of_a_mindspore_training(capsys, tmp_path):
+    """The optimiser's entries are no weights; they go back into a file of the same system."""
+    path, target = checkpoint(tmp_path, "mindspore", **MINDSPORE), tmp_path / "m.safetensors"
+    code, out, _ = nlk(capsys, path, target)
+    assert code == 0
+    assert "0 unexpected, 0 missing" in out
+    assert f"ignored ({len(MINDSPORE)})" in out
+    assert equal(load_weights(target).state_dict(), network("mindspore").state_dict())
+    assert nlk(capsys, path, tmp_path / "back.ckpt", "--to", "mindspore")[0] == 0
+    assert equal(files.read(tmp_path / "back.ckpt").state, files.read(path).state)
+
+
+REORDERED = {
+    "caffe2": ("i3d_r50_8x8", {"conv1_w_momentum": 8, "pred_w_momentum": 6, "pred_b_momentum": 6}),
+    "mindspore": ("mindspore_i3d_r50_32", dict.fromkeys(MINDSPORE, 6)),
+}
+
+
+@pytest.mark.parametrize("system", REORDERED)
+def test_momenta_of_classes_do_not_survive_another_order(capsys, tmp_path, system):
+    """Their rows would be those of other classes."""
+    name, entries = REORDERED[system]
+    path = checkpoint(tmp_path, system, **{key: torch.ones(n) for key, n in entries.items()})
+    for file, names in (("theirs.txt", "abcdef"), ("ours.txt", "bacdef")):
+        (tmp_path / file).write_text("\n".join(names))
+    back, order = tmp_path / "back", (tmp_path / "theirs.txt", tmp_path / "ours.txt")
+    code, _, err = nlk(capsys, path, back, "--model", name, "--to", system, "--classes", *order)
+    assert (code, err) == (0, "")
+    found = files.read(back)
+    kept = {key for key in entries if key in {**found.state, **found.extra}}
+    assert kept == {key for key in entries if "pred" not in key and "head.dense" not in key}
 
 
 def test_averages_are_announced_and_chosen(tmp_path):
@@ -329,6 +405,17 @@ def test_weights_that_do_not_fit_their_description(tmp_path):
     files.write(tmp_path / "other.safetensors", model.state_dict())
     with pytest.raises(ValueError, match=r"without the name of a model; convert it first"):
         load_weights(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("text", ["{num_classes", "[1]"])
+def test_a_file_of_ours_with_broken_options_is_named(capsys, tmp_path, text):
+    model, path = create_model("c2d_tiny", num_classes=3), tmp_path / "ours.safetensors"
+    files.write(path, model.state_dict(), {"model": "c2d_tiny", "options": text})
+    code = cli.main(["convert", str(path), str(tmp_path / "x"), "--to", "tsm"])
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (2, "")
+    assert f"{path}: expected options of a model" in captured.err
+    assert captured.err.count("\n") == 1
 
 
 def test_weights_keep_their_dtype_and_draw_no_numbers(tmp_path):

@@ -19,7 +19,8 @@ def test_one_network(capsys):
     assert (code, err) == (0, "")
     assert out.splitlines() == [
         "i3d_r50_32x2  i3d of caffe2; 32 frames, every 2nd; 224 px, tested at 256",
-        "  github.com/facebookresearch/video-nonlocal-net; weights CC-BY-NC-4.0",
+        "  github.com/facebookresearch/video-nonlocal-net; "
+        "repository: CC-BY-NC-4.0; weights: CC-BY-NC-4.0",
         "  blocks                   parameters   published    executed   top-1   top-5",
         "  0                            28.04M      32.83G      32.83G    73.6    90.8",
         "  5 softmax                    35.40M      40.96G      40.96G    74.9    91.6",
@@ -41,9 +42,10 @@ def test_dot_products_cost_less_than_the_published_count(capsys):
 def test_every_published_result_is_in_a_row(name):
     lines = "\n".join(listing(name))
     for result in describe(name).results:
-        label = f"  {result.blocks} {result.kind}" if result.kind else f"  {result.blocks} "
-        row = next(line for line in lines.splitlines() if line.startswith(label))
-        assert f" {result.top1:g}" in row
+        label = " ".join(filter(None, (str(result.blocks), result.kind, result.recipe)))
+        rows = [line for line in lines.splitlines() if line.startswith(f"  {label:<22}")]
+        assert len(rows) == 1
+        assert f" {result.top1:g}" in rows[0]
         assert result.protocol in lines
 
 

@@ -6,7 +6,7 @@ import torch
 from nlkernels.models import create_model, list_models
 from nlkernels.models.costs import costs
 from nlkernels.models.registry import registered
-from nlkernels.models.zoo import RESULTS, SOURCES, describe
+from nlkernels.models.zoo import RESULTS, SOURCES, WEIGHTS, describe
 
 NL = {"blocks": 5}
 
@@ -63,7 +63,7 @@ OTHERS = [
     _row("mmaction_c2d_r50_8x8", 8, 224, {}, "24.3M", "19G"),
     _row("mmaction_c2d_r50_16x4", 16, 224, {}, "24.3M", "39G"),
     _row("mmaction_i3d_r50_32x2", 32, 256, {}, "28.0M", "43.5G"),
-    _row("mmaction_i3d_heavy_r50_8x8", 32, 256, {}, "33.0M", "166.3G"),
+    _row("mmaction_i3d_heavy_r50_32x2", 32, 256, {}, "33.0M", "166.3G"),
     _row("mmaction_i3d_r50_32x2", 32, 256, _nl("dot_product"), "35.4M", "59.3G"),
     _row("mmaction_i3d_r50_32x2", 32, 256, _nl("softmax"), "35.4M", "59.3G"),
     _row("mmaction_i3d_r50_32x2", 32, 256, _nl("gaussian"), "31.7M", "56.5G"),
@@ -75,7 +75,6 @@ OTHERS = [
     _row("mmaction_tsm_r50", 8, 224, _nl("gaussian"), "28.0M", "59.1G"),
     _row("pytorchvideo_c2d_r50_8x8", 8, 256, {}, "24.33M", "25.89G"),
     _row("pytorchvideo_i3d_r50_8x8", 8, 256, {}, "28.04M", "37.53G"),
-    _row("tsm_r50", 8, 224, NL, "31.7M", "61.1G"),
     _row("tushar_i3d_r50_32x2", 32, 224, NL, "35.402M", "41.0G"),
 ]
 
@@ -95,6 +94,13 @@ def test_costs_are_the_published_ones(name, frames, size, options, parameters, p
     assert _printed(found.parameters, parameters) == parameters
     assert _printed(found.published, published) == published
     assert found.executed <= found.multiply_adds
+
+
+def test_blocks_of_tsm_add_what_is_published():
+    plain, with_blocks = costs("tsm_r50", 8, 224), costs("tsm_r50", 8, 224, blocks=5)
+    assert _printed(with_blocks.parameters, "31.7M") == "31.7M"
+    assert _printed(plain.published, "33G") == "33G"
+    assert _printed(with_blocks.published - plain.published, "28.4G") == "28.4G"
 
 
 # Numbers of parameters that are known exactly.
@@ -147,6 +153,30 @@ def test_results_fit_their_networks():
                 model = create_model(name, num_classes=2, width=0.125, blocks=result.blocks)
                 kinds = {getattr(module, "kind", None) for module in model.modules()} - {None}
                 assert bool(kinds) == (result.kind is not None)
+
+
+LICENCES = {
+    "i3d_r50_8x8": "repository: CC-BY-NC-4.0; weights: CC-BY-NC-4.0",
+    "c2d_r101_8x8": "repository: CC-BY-NC-4.0; weights: none published",
+    "i3d_r50_32x4_ungrouped": "repository: CC-BY-NC-4.0; weights: none published",
+    "mmaction_i3d_r50_32x2": "repository: Apache-2.0; weights: not stated",
+    "pytorchvideo_slow_r50_8x8": "repository: Apache-2.0; weights: not stated",
+    "c2d_tiny": None,
+}
+
+
+@pytest.mark.parametrize(("name", "licence"), LICENCES.items(), ids=LICENCES)
+def test_licences_are_those_that_are_stated(name, licence):
+    """A repository licenses its code; of weights only the original's says something."""
+    assert describe(name).licence == licence
+    assert set(WEIGHTS) <= set(list_models())
+
+
+def test_results_of_other_recipes_are_told_apart():
+    plain = {each.recipe: each for each in describe("mmaction_i3d_r50_32x2").results if not each[0]}
+    assert (plain[""].top1, plain["dense"].top1, plain["dense"].top5) == (73.47, 73.77, 91.35)
+    for results in RESULTS.values():
+        assert len({(each.blocks, each.kind, each.recipe) for each in results}) == len(results)
 
 
 def test_unknown_names_are_refused():
