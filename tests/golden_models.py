@@ -1,15 +1,15 @@
 """Our networks in the place of the golden cases' public ones, by system and configuration."""
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from nlkernels.models import create_model
 from nlkernels.models.convert import LoadReport, load_foreign
+from nlkernels.models.registry import registered
 from tests.golden_cases import KINDS, GoldenCase
+from tests.golden_systems import given, mmcv_norm, sampled
 
 Config = Mapping[str, Any]
 
@@ -39,84 +39,17 @@ def loaded(case: GoldenCase) -> Loaded:
     return Loaded(model.train(case.record["mode"] == "train"), report)
 
 
-def outputs(model: nn.Module, case: GoldenCase, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Every output that a case has a digest of, from one run in `dtype`."""
-    digests = case.record["outputs"]
-    model.to(dtype)
-    seen: dict[str, torch.Tensor] = {}
-    handles = [_tap(model, name, seen) for name in digests if name not in _RESULTS]
-    handles.append(model.fc.register_forward_hook(_keep(seen, "location_logits")))
-    clip = _clip(case, model.design.in_channels).to(dtype)
-    with torch.no_grad():
-        if "location_logits" in digests:
-            seen["probabilities"] = model.probabilities(clip)
-        else:
-            seen["logits"] = model(clip)
-            seen["probabilities"] = seen["logits"].softmax(-1)
-    for handle in handles:
-        handle.remove()
-    return {name: _shaped(seen, name, digests[name]["shape"]) for name in digests}
+def _only(config: Config, name: str, *values: Any) -> None:
+    """Refuse a setting that no network here has, rather than compute something else."""
+    got = config.get(name)
+    if got is not None and got not in values:
+        raise _refused(name, " or ".join(map(repr, values)), got)
 
 
-_RESULTS = ("logits", "location_logits", "probabilities")
-
-
-def _tap(model: nn.Module, name: str, seen: dict[str, torch.Tensor]):
-    """Keep the activation of a name: the output of a layer, or of it before its block."""
-    layer, before_block = _place(name)
-    module = model.get_submodule(layer)
-    block = getattr(module, "nl", None)
-    if before_block and block is not None:
-        return block.register_forward_pre_hook(
-            lambda _module, inputs: seen.update({name: inputs[0]})
-        )
-    return module.register_forward_hook(_keep(seen, name))
-
-
-def _keep(seen: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
-    return lambda _module, _inputs, output: seen.update({name: output})
-
-
-def _place(name: str) -> tuple[str, bool]:
-    """Our layer of a public name, and whether the name means it without the block behind it."""
-    if match := re.fullmatch(r"res(\d)", name):
-        return f"layer{int(match[1]) - 1}", False
-    if match := re.fullmatch(r"nonlocal_conv(\d)_(\d+)", name):
-        return f"layer{int(match[1]) - 1}.{match[2]}", False
-    if match := re.fullmatch(r"mixed_(\d\w)", name):
-        return f"mixed{match[1]}", True
-    if match := re.fullmatch(r"conv3d_(\d\w)_.*", name):
-        return f"conv{match[1]}", False
-    names = {"pool1": "pool1", "nl_3": "mixed3c", "nl_4": "mixed4d"}
-    return names[name], False
-
-
-def _shaped(seen: Mapping[str, torch.Tensor], name: str, shape: list[int]) -> torch.Tensor:
-    """A tensor in the form of the public code's."""
-    found = seen[name]
-    if name == "logits" and len(shape) == 3:  # (B, classes, T')
-        return seen["location_logits"][:, :, 0, 0].transpose(1, 2)
-    if name == "logits" and len(shape) == 1:  # one clip without its batch
-        return found.squeeze(0)
-    if found.dim() == 5 and len(shape) == 4:  # (B T, C, H, W)
-        return found.transpose(1, 2).flatten(0, 1)
-    return found
-
-
-def _clip(case: GoldenCase, channels: int) -> torch.Tensor:
-    """The input as (B, C, T, H, W)."""
-    clip = torch.from_numpy(case.inputs["clip"])
-    if clip.dim() == 5:
-        return clip
-    segments = case.record["config"]["num_segments"]
-    # (B, T C, H, W) or (B T, C, H, W): the same numbers in the same order.
-    return clip.reshape(-1, segments, channels, *clip.shape[2:]).transpose(1, 2)
-
-
-def _given(config: Config, name: str, default: Any) -> Any:
-    """A setting, or the system's own default where a case has none or null."""
-    found = config.get(name)
-    return default if found is None else found
+def _refused(name: str, expected: str, got: Any) -> ValueError:
+    return ValueError(
+        f"golden case: expected {name} {expected}, got {got!r}; no network here has this option"
+    )
 
 
 def _patterns(flags: Any, depth: int) -> list[list[int]]:
@@ -139,21 +72,29 @@ def _places(flags: Any, depth: int) -> list[tuple[int, int]]:
 def _caffe2(config: Config, case: GoldenCase) -> Network:
     arc = config["MODEL.VIDEO_ARC_CHOICE"]
     family = "c2d" if arc in (1, 3) else "i3d"
-    depth = _given(config, "MODEL.DEPTH", 50 if arc < 3 else 101)
+    depth = given(config, "MODEL.DEPTH", 50 if arc < 3 else 101)
     strided = config["MODEL.MODEL_NAME"] == "resnet_video_org"
     affine = config["MODEL.USE_AFFINE"]
+    _only(config, "RESNETS.NUM_GROUPS", 1)
+    _only(config, "RESNETS.WIDTH_PER_GROUP", 64)
     setting = {(0, 0): "8x8", (1, 0): "32x2", (0, 1): "32x4", (1, 1): "128x1"}[strided, affine]
     return Network(
         f"{family}_r{depth}_{setting}",
         {
             "num_classes": config["MODEL.NUM_CLASSES"],
-            "norm_eps": _given(config, "MODEL.BN_EPSILON", 1.0000001e-5),
+            "norm_eps": given(config, "MODEL.BN_EPSILON", 1.0000001e-5),
             "window": _caffe2_window(config),
             "blocks": _caffe2_places(config, depth),
             "block": _caffe2_block(config),
-            "layer_block": {2: {"temporal_group": config.get("res3_group_frames")}},
+            "layer_block": {2: {"temporal_group": _caffe2_group(config)}},
         },
     )
+
+
+def _caffe2_group(config: Config) -> int | None:
+    """Frames of a group in res3, of which the original's affine networks have 4."""
+    default = 4 if config["MODEL.USE_AFFINE"] else None
+    return config.get("res3_group_frames", default)
 
 
 def _caffe2_window(config: Config) -> tuple[int | None, int, int]:
@@ -165,7 +106,7 @@ def _caffe2_places(config: Config, depth: int) -> list[tuple[int, int]]:
     named = config.get("nonlocal_blocks")
     if named is not None:
         return [(int(stage[3:]) - 1, index) for stage, each in named.items() for index in each]
-    mod = _given(config, "NONLOCAL.LAYER_MOD", 2)
+    mod = given(config, "NONLOCAL.LAYER_MOD", 2)
     mods = {2: mod, 3: mod} if depth == 50 else {2: 2, 3: 4 * mod - 1}
     return [
         (layer, index)
@@ -176,22 +117,22 @@ def _caffe2_places(config: Config, depth: int) -> list[tuple[int, int]]:
 
 
 def _caffe2_block(config: Config) -> dict[str, Any]:
-    softmax = _given(config, "NONLOCAL.USE_SOFTMAX", True)
-    scaled = softmax and _given(config, "NONLOCAL.USE_SCALE", True)
-    biased = not _given(config, "NONLOCAL.NO_BIAS", 0)
+    softmax = given(config, "NONLOCAL.USE_SOFTMAX", True)
+    scaled = softmax and given(config, "NONLOCAL.USE_SCALE", True)
+    biased = not given(config, "NONLOCAL.NO_BIAS", 0)
     norm = None
-    if config["NONLOCAL.USE_BN"] or _given(config, "NONLOCAL.USE_AFFINE", False):
-        norm = "affine" if _given(config, "NONLOCAL.USE_AFFINE", False) else "batch"
-    pool = tuple(_given(config, "nonlocal_pool", (1, 2, 2)))
+    if config["NONLOCAL.USE_BN"] or given(config, "NONLOCAL.USE_AFFINE", False):
+        norm = "affine" if given(config, "NONLOCAL.USE_AFFINE", False) else "batch"
+    pool = tuple(given(config, "nonlocal_pool", (1, 2, 2)))
     return {
         "preset": "caffe2",
         "kind": "softmax" if softmax else "dot_product",
         "scale": None if scaled else 1.0,
-        "pool": pool if _given(config, "NONLOCAL.USE_MAXPOOL", True) else None,
+        "pool": pool if given(config, "NONLOCAL.USE_MAXPOOL", True) else None,
         "qkv_bias": biased,
         "out_bias": biased,
         "norm": norm,
-        "norm_eps": _given(config, "NONLOCAL.BN_EPSILON", 1.0000001e-5),
+        "norm_eps": given(config, "NONLOCAL.BN_EPSILON", 1.0000001e-5),
     }
 
 
@@ -200,7 +141,7 @@ def _tushar(config: Config, case: GoldenCase) -> Network:
         "tushar_i3d_r50_32x2",
         {
             "num_classes": config["num_classes"],
-            "norm_eps": _given(config, "bn_eps", 1e-5),
+            "norm_eps": given(config, "bn_eps", 1e-5),
             "blocks": 5 if config["use_nl"] else 0,
         },
     )
@@ -217,41 +158,55 @@ _SLOWFAST_NAMES = {
 
 
 def _slowfast(config: Config, case: GoldenCase) -> Network:
-    arch, frames = config["arch"], config["num_frames"]
+    arch, depth, frames = config["arch"], config["depth"], config["num_frames"]
+    _only(config, "arch", *_SLOWFAST_NAMES)
+    name = _SLOWFAST_NAMES[arch]
     pools = 2 if arch in ("c2d", "i3d") else 1
-    behind = case.inputs["clip"].shape[2] // pools
-    crop = _given(config, "train_crop_size", 224) // 32
-    places = [
-        (layer, index)
-        for layer, (indices,) in enumerate(config["nonlocal_location"], start=1)
-        for index in indices
-    ]
-    layers = {}
-    for layer, ((group,), (pool, *_)) in enumerate(
-        zip(
-            _given(config, "nonlocal_group", [[1]] * 4),
-            _given(config, "nonlocal_pool", [[[1, 2, 2]]] * 4),
-            strict=True,
-        ),
-        start=1,
-    ):
-        layers[layer] = {
-            "temporal_group": behind // group if group > 1 else None,
-            "pool": tuple(pool) if pool and max(pool) > 1 else None,
-        }
+    crop = given(config, "train_crop_size", 224) // 32
+    locations = given(config, "nonlocal_location", [[[]]] * 4)
     return Network(
-        _SLOWFAST_NAMES[arch],
+        name,
         {
             "num_classes": _classes(case, "head.projection.weight"),
-            "depth": config["depth"],
+            "depth": depth,
+            "inflated": _slowfast_kernels(config, registered(name).design.inflated),
             "pool2": 2 if pools == 2 else 0,
-            "norm_eps": _given(config, "bn_eps", 1e-5),
+            "norm_eps": given(config, "bn_eps", 1e-5),
             "window": (frames // pools, crop, crop),
-            "blocks": places,
-            "block": {"kind": KINDS[_given(config, "instantiation", "dot_product")]},
-            "layer_block": layers,
+            "blocks": [
+                (layer, index)
+                for layer, (indices,) in enumerate(locations, start=1)
+                for index in indices
+            ],
+            "block": {"kind": KINDS[given(config, "instantiation", "dot_product")]},
+            "layer_block": _slowfast_layers(config, case.inputs["clip"].shape[2], pools),
         },
     )
+
+
+def _slowfast_kernels(config: Config, patterns: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The first bottlenecks of a layer have the kernels over time of its pattern, others none."""
+    depths = _DEPTHS[config["depth"]]
+    counts = given(config, "num_block_temp_kernel", depths)
+    counts = [count[0] if isinstance(count, list) else count for count in counts]
+    return [
+        [pattern[index % len(pattern)] if index < count else 0 for index in range(depth)]
+        for pattern, count, depth in zip(patterns, counts, depths, strict=True)
+    ]
+
+
+def _slowfast_layers(config: Config, frames: int, pools: int) -> dict[int, dict[str, Any]]:
+    """Groups, given by their number, and pools of each layer; time is pooled behind the first."""
+    groups = given(config, "nonlocal_group", [[1]] * 4)
+    sizes = given(config, "nonlocal_pool", [[[1, 2, 2]]] * 4)
+    layers = {}
+    for layer, ((group,), (pool, *_)) in enumerate(zip(groups, sizes, strict=True), start=1):
+        there = frames if layer == 1 else frames // pools
+        layers[layer] = {
+            "temporal_group": there // group if group > 1 else None,
+            "pool": tuple(pool) if pool and max(pool) > 1 else None,
+        }
+    return layers
 
 
 def _classes(case: GoldenCase, end: str) -> int:
@@ -265,32 +220,36 @@ def _pytorchvideo(config: Config, case: GoldenCase) -> Network:
         {
             "num_classes": config["model_num_class"],
             "depth": config["depth"],
-            "norm_eps": _given(config, "bn_eps", 1e-5),
+            "norm_eps": given(config, "bn_eps", 1e-5),
             "window": tuple(config["head_pool_kernel_size"]),
         },
     )
 
 
 def _mmaction(config: Config, case: GoldenCase) -> Network:
-    depth = config["depth"]
-    if "num_segments" in config:
+    depth, unit = config["depth"], case.record["source"]["unit"]
+    _only(config, "style", "pytorch")
+    _only(config, "inflate_style", "3x1x1")
+    if "TSM" in unit or "shift_div" in config:
         name, design = "mmaction_tsm_r50", _shift(config)
     elif "conv1_kernel" in config:
-        name, design = "mmaction_i3d_r50_32x2", _mmaction_3d(config)
-        if not config["with_pool2"]:
-            name = "mmaction_slowonly_r50_8x8"
+        pooled = config["with_pool2"]
+        name = "mmaction_i3d_r50_32x2" if pooled else "mmaction_slowonly_r50_8x8"
+        design = _mmaction_3d(config)
     else:
-        pooled = case.record["source"]["unit"].startswith("C2D")
-        name = f"mmaction_c2d_{'' if pooled else 'nopool_'}r50_8x8"
-        design = {}
+        pooled = unit.startswith("C2D")
+        name, design = f"mmaction_c2d_{'' if pooled else 'nopool_'}r50_8x8", {}
+    block = given(config, "non_local_cfg", {})
     return Network(
         name,
         {
             "num_classes": config["num_classes"],
+            "in_channels": case.state["backbone.conv1.conv.weight"].shape[1],
             "depth": depth,
-            "norm_eps": _given(config, "bn_eps", 1e-5),
-            "blocks": _places(_given(config, "non_local", [0] * 4), depth),
-            "block": _mmcv(_given(config, "non_local_cfg", {})),
+            "norm_eps": given(config, "bn_eps", 1e-5),
+            "blocks": _places(given(config, "non_local", [0] * 4), depth),
+            "block": _mmcv(block),
+            "layer_block": _reduced(given(block, "reduction", 2)),
             **design,
         },
     )
@@ -307,40 +266,73 @@ def _mmaction_3d(config: Config) -> dict[str, Any]:
 
 
 def _mmcv(config: Config) -> dict[str, Any]:
-    """mmcv's options; `NonLocal3d` does not pool and does scale unless it is told."""
-    kind = KINDS[_given(config, "mode", "embedded_gaussian")]
+    """mmcv's options; `NonLocal3d` scales, neither pools nor has a norm unless it is told."""
+    kind = KINDS[given(config, "mode", "embedded_gaussian")]
     options: dict[str, Any] = {
-        "preset": "mmaction_slowonly" if _given(config, "use_scale", True) else "mmaction_i3d",
+        "preset": "mmaction_slowonly" if given(config, "use_scale", True) else "mmaction_i3d",
         "kind": kind,
-        "pool": (1, 2, 2) if _given(config, "sub_sample", False) else None,
+        **sampled(config, 3, default=False),
     }
     if kind != "softmax" and kind != "concat":
         options["scale"] = 1.0
-    if config and config.get("norm_cfg") is None:
-        options["norm"] = None
-    return options
+    return options | ({"norm": None} if config.get("norm_cfg") is None else mmcv_norm(config, 3))
+
+
+def _reduced(ratio: int) -> dict[int, dict[str, Any]]:
+    """Channels inside of blocks behind each layer of a ResNet."""
+    return {layer: {"inner": max(128 * 2**layer // ratio, 1)} for layer in (1, 2, 3, 4)}
 
 
 def _shift(config: Config) -> dict[str, Any]:
-    shifts = _given(config, "is_shift", True)
+    shifts = given(config, "is_shift", True)
     return {
-        "shift": _given(config, "shift_place", "blockres") if shifts else None,
-        "shift_div": _given(config, "shift_div", 8),
-        "pool2": 3 if _given(config, "temporal_pool", False) else 0,
+        "shift": given(config, "shift_place", "blockres") if shifts else None,
+        "shift_div": given(config, "shift_div", 8),
+        "pool2": 3 if given(config, "temporal_pool", False) else 0,
     }
 
 
 def _tsm(name: str, config: Config, case: GoldenCase) -> Network:
+    stem = next(key for key in case.state if key.endswith("base_model.conv1.weight"))
+    deep = any(".layer3.22." in key for key in case.state)
+    if deep and config["non_local"]:
+        raise _refused("depth", "50 for non_local", 101)
+    _only(config, "consensus", "avg")
     return Network(
         name,
         {
             "num_classes": config["num_class"],
-            "in_channels": case.inputs["clip"].shape[1] // config["num_segments"],
-            "norm_eps": _given(config, "bn_eps", 1e-5),
+            "depth": 101 if deep else 50,
+            "in_channels": case.state[stem].shape[1],
+            "norm_eps": given(config, "bn_eps", 1e-5),
             "blocks": 5 if config["non_local"] else 0,
+            **(_alexhex7(config) if name == "tsm_r50" else _region(config)),
             **_shift(config),
         },
     )
+
+
+def _alexhex7(config: Config, default: bool = True) -> dict[str, Any]:
+    """Options of blocks that TSM and others took from one source."""
+    norm = {} if given(config, "bn_layer", True) else {"norm": None}
+    return {"block": {**sampled(config, 3, default), **norm}}
+
+
+def _region(config: Config) -> dict[str, Any]:
+    """Options of the region-based block, with a kernel for each layer or for both."""
+    kernels = given(config, "ks", [[3, 7, 7], [3, 3, 3]])
+    kernels = [kernels] * 3 if isinstance(kernels, int) else kernels
+    if isinstance(kernels, Mapping):
+        kernels = [kernels[layer] for layer in ("layer2", "layer3")]
+    elif isinstance(kernels[0], int):
+        kernels = [kernels, kernels]
+    kind = f"region_{given(config, 'activation', 'softmax')}"
+    layers = _reduced(given(config, "ratio", 2))
+    for layer, kernel in zip((2, 3), kernels, strict=True):
+        layers[layer]["region_kernel"] = tuple(kernel)
+    block = _alexhex7(config, default=False)["block"]
+    l2norm = given(config, "use_norm", False)
+    return {"block": {**block, "kind": kind, "region_l2norm": l2norm}, "layer_block": layers}
 
 
 def _inception(system: str, config: Config, case: GoldenCase) -> Network:
@@ -350,7 +342,7 @@ def _inception(system: str, config: Config, case: GoldenCase) -> Network:
         f"{system}_{'rgb' if channels == 3 else 'flow'}",
         {
             "num_classes": config["num_classes"],
-            "norm_eps": config["bn_eps"],
+            "norm_eps": given(config, "bn_eps", 1e-5 if system == "inception_nl" else 1e-3),
             "blocks": blocks,
         },
     )
@@ -361,9 +353,9 @@ def _mindspore(config: Config, case: GoldenCase) -> Network:
         "mindspore_i3d_r50_32",
         {
             "num_classes": _classes(case, "head.dense.weight"),
-            "norm_eps": _given(config, "bn_eps", 1e-5),
+            "norm_eps": given(config, "bn_eps", 1e-5),
             "blocks": 5 if any("non_local_block" in key for key in case.state) else 0,
-            "block": {"kind": KINDS[_given(config, "mode", "dot")]},
+            "block": {**_alexhex7(config)["block"], "kind": KINDS[given(config, "mode", "dot")]},
         },
     )
 

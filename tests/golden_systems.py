@@ -88,22 +88,22 @@ def _wrapper(preset: str, options: dict[str, Any], config: Config, case: GoldenC
 def _alexhex7(config: Config, case: GoldenCase) -> tuple[str, dict[str, Any]]:
     dims = case.inputs["x"].ndim - 2
     kind = KINDS[config["variant"]]
-    return "alexhex7", {"kind": kind, **_sampled(config, dims), **_batch_norm(config)}
+    return "alexhex7", {"kind": kind, **sampled(config, dims), **_batch_norm(config)}
 
 
 def _tsm(config: Config, case: GoldenCase) -> tuple[str, dict[str, Any]]:
-    return "tsm", {**_sampled(config, 3), **_batch_norm(config)}
+    return "tsm", {**sampled(config, 3), **_batch_norm(config)}
 
 
 def _mmcv(config: Config, case: GoldenCase) -> tuple[str, dict[str, Any]]:
     dims = case.inputs["x"].ndim - 2
-    kind = KINDS[_given(config, "mode", "embedded_gaussian")]
-    options = {"kind": kind, **_sampled(config, dims, default=False)}
-    preset = "mmaction_slowonly" if _given(config, "use_scale", True) else "mmaction_i3d"
-    return preset, {**options, **_mmcv_norm(config, dims)}
+    kind = KINDS[given(config, "mode", "embedded_gaussian")]
+    options = {"kind": kind, **sampled(config, dims, default=False)}
+    preset = "mmaction_slowonly" if given(config, "use_scale", True) else "mmaction_i3d"
+    return preset, {**options, **mmcv_norm(config, dims)}
 
 
-def _mmcv_norm(config: Config, dims: int) -> dict[str, Any]:
+def mmcv_norm(config: Config, dims: int) -> dict[str, Any]:
     """mmcv's norm_cfg, a name or a dictionary with a type, as options of a block."""
     named = config.get("norm_cfg")
     if named is None:  # or not told: the keys show it
@@ -114,12 +114,13 @@ def _mmcv_norm(config: Config, dims: int) -> dict[str, Any]:
         told = {f"bn_{name}": settings[name] for name in ("eps", "momentum") if name in settings}
         return _batch_norm({**config, **told})
     settings.pop("requires_grad", None)
-    settings.setdefault("eps", _given(config, "gn_eps", _batch_norm(config)["norm_eps"]))
+    settings.setdefault("eps", given(config, "gn_eps", _batch_norm(config)["norm_eps"]))
     if kind == "GN":
         groups = settings.pop("num_groups", None) or config["num_groups"]
         return {"norm": partial(nn.GroupNorm, groups, **settings)}
     if kind.startswith("IN"):
-        return {"norm": partial(getattr(nn, f"InstanceNorm{dims}d"), **settings)}
+        start = {} if settings.get("affine") else {"zero_init": None}  # it has no weight
+        return {"norm": partial(getattr(nn, f"InstanceNorm{dims}d"), **settings), **start}
     raise ValueError(f"golden case: expected norm_cfg BN, SyncBN, GN or IN, got {named!r}")
 
 
@@ -141,7 +142,7 @@ _GROUPS = ("groups", "group", "num_groups")
 def _pool_first(config: Config) -> dict[str, Any]:
     pool = config.get("pool_size")
     return {
-        "kind": KINDS[_given(config, "instantiation", "softmax")],
+        "kind": KINDS[given(config, "instantiation", "softmax")],
         "pool": None if pool is None or max(pool) == 1 else tuple(pool),
         **_batch_norm(config),
     }
@@ -153,16 +154,16 @@ def _pool_first_fixed(preset: str, config: Config, case: GoldenCase) -> tuple[st
 
 def _region(config: Config, case: GoldenCase) -> tuple[str, dict[str, Any]]:
     return "rnl", {
-        "kind": f"region_{_given(config, 'activation', 'softmax')}",
-        "region_l2norm": _given(config, "use_norm", False),
-        **_sampled(config, 3, default=False),
+        "kind": f"region_{given(config, 'activation', 'softmax')}",
+        "region_l2norm": given(config, "use_norm", False),
+        **sampled(config, 3, default=False),
         **_batch_norm(config),
     }
 
 
 def _mindspore(config: Config, case: GoldenCase) -> tuple[str, dict[str, Any]]:
-    kind = KINDS[_given(config, "mode", "dot")]
-    return "mindspore", {"kind": kind, **_sampled(config, 3), **_batch_norm(config)}
+    kind = KINDS[given(config, "mode", "dot")]
+    return "mindspore", {"kind": kind, **sampled(config, 3), **_batch_norm(config)}
 
 
 def _caffe2(config: Config, case: GoldenCase) -> tuple[str, dict[str, Any]]:
@@ -182,19 +183,19 @@ def _caffe2_prefix(case: GoldenCase) -> str:
     return next(key for key in case.state if key.endswith("g_w")).removesuffix("g_w")
 
 
-def _sampled(config: Config, dims: int, default: bool = True) -> dict[str, Any]:
-    return {"pool": _POOLS[dims] if _given(config, "sub_sample", default) else None}
+def sampled(config: Config, dims: int, default: bool = True) -> dict[str, Any]:
+    return {"pool": _POOLS[dims] if given(config, "sub_sample", default) else None}
 
 
 def _batch_norm(config: Config, momentum: float = 0.1) -> dict[str, Any]:
     """How a batch norm works, should the keys show one."""
     return {
-        "norm_eps": _given(config, "bn_eps", 1e-5),
-        "norm_momentum": _given(config, "bn_momentum", momentum),
+        "norm_eps": given(config, "bn_eps", 1e-5),
+        "norm_momentum": given(config, "bn_momentum", momentum),
     }
 
 
-def _given(config: Config, name: str, default: Any) -> Any:
+def given(config: Config, name: str, default: Any) -> Any:
     """A setting, or the system's own default where a case has none or null."""
     found = config.get(name)
     return default if found is None else found

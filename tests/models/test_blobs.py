@@ -1,6 +1,5 @@
 """Caffe2's tools: norms folded into factors, and stripping, against the golden case."""
 
-import json
 import os
 from pathlib import Path
 
@@ -11,15 +10,52 @@ from nlkernels.models import create_model, files
 from nlkernels.models.blobs import affine_to_bn, bn_to_affine, strip_for_finetuning
 from nlkernels.models.convert import export_foreign, load_foreign
 from tests.golden_cases import deviation, load
+from tests.golden_cases import files as golden_files
 from tests.models.files.test_caffe2 import equal
 
 FOLDER = Path(os.environ.get("NLKERNELS_GOLDEN") or Path(__file__).parents[1] / "golden")
-CASE = FOLDER / "c2_bn_to_affine.json"
+CASES = [load(path) for path in golden_files(FOLDER, "conversion")]
 
 
-def blobs(nested, dtype=torch.float32):
-    case = load(CASE)
-    values = {name: torch.from_numpy(array).to(dtype) for name, array in case.state.items()}
+def cases(chosen):
+    """Conversions of a kind, as parameters; a skipped one where the folder has none."""
+    found = [pytest.param(case, id=case.record["case"]) for case in CASES if chosen(case)]
+    reason = f"no such conversion among the golden cases in {FOLDER}"
+    return found or [pytest.param(None, marks=pytest.mark.skip(reason=reason))]
+
+
+def given(case, name):
+    return torch.from_numpy(case.state[name])
+
+
+def folds(case):
+    """Whether norms were folded: statistics went in, and other factors came out."""
+    norms = [name.removesuffix("_rm") for name in case.state if name.endswith("_bn_rm")]
+    factors = [f"{norm}_s" for norm in norms if f"{norm}_s" in case.record["outputs"]]
+    changed = [
+        name
+        for name in factors
+        if deviation(case.record["outputs"][name], given(case, name)) > 1e-6
+    ]
+    return bool(changed)
+
+
+def strips(case):
+    """What a case says of stripping: of a second tool, or of the one that made its outputs."""
+    record = case.record
+    if "strip_for_finetuning" in record["config"]:
+        return record["config"]["strip_for_finetuning"]
+    if folds(case) or "scalars_after" not in record["config"]:
+        return None
+    names = sorted(record["outputs"])
+    return {"names_after": names, "scalars_after": record["config"]["scalars_after"]}
+
+
+FOLDING, STRIPPING = cases(folds), cases(strips)
+
+
+def blobs(case, nested, dtype=torch.float32):
+    values = {name: given(case, name).to(dtype) for name in case.state}
     values |= case.record["config"]["scalars_before"]
     return {"blobs": values} if nested else values
 
@@ -36,21 +72,23 @@ def scalars(values):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)], ids=str
 )
-def test_folding_is_that_of_the_original(nested, dtype, tolerance):
-    record = json.loads(CASE.read_text())
-    folded = bn_to_affine(blobs(nested, dtype))
+@pytest.mark.parametrize("case", FOLDING)
+def test_folding_is_that_of_the_original(case, nested, dtype, tolerance):
+    record = case.record
+    folded = bn_to_affine(blobs(case, nested, dtype))
     assert tensors(folded).keys() == record["outputs"].keys()
     assert scalars(folded) == record["config"]["scalars_after"]
     assert all(tensor.dtype == dtype for tensor in tensors(folded).values())
     for name, digest in record["outputs"].items():
         assert deviation(digest, folded[name]) < tolerance, name
-    removed = blobs(False).keys() - folded.keys()
+    removed = blobs(case, False).keys() - folded.keys()
     assert removed == set(record["config"]["removed"])
 
 
-def test_the_whole_way_through_files(tmp_path):
+@pytest.mark.parametrize("case", FOLDING)
+def test_the_whole_way_through_files(tmp_path, case):
     """Read a training checkpoint, fold it, write it: the golden numbers again."""
-    before, record = blobs(False), json.loads(CASE.read_text())
+    before, record = blobs(case, False), case.record
     path = tmp_path / "c2_model_iter400000.pkl"
     files.write(path, tensors(before), scalars(before), format="caffe2", entry="blobs")
     found = files.read(path)
@@ -62,17 +100,23 @@ def test_the_whole_way_through_files(tmp_path):
     assert found.metadata == record["config"]["scalars_after"]
 
 
-def test_stripping_is_that_of_the_original():
-    stripped, record = strip_for_finetuning(blobs(True)), json.loads(CASE.read_text())
-    expected = record["config"]["strip_for_finetuning"]
+@pytest.mark.parametrize("case", STRIPPING)
+def test_stripping_is_that_of_the_original(case):
+    stripped, expected = strip_for_finetuning(blobs(case, True)), strips(case)
     assert sorted(tensors(stripped)) == expected["names_after"]
     assert scalars(stripped) == expected["scalars_after"]
-    kept = {name: value for name, value in blobs(False).items() if name in tensors(stripped)}
+    kept = {name: value for name, value in blobs(case, False).items() if name in tensors(stripped)}
     assert equal(tensors(stripped), kept)
 
 
-def test_factors_become_norms_that_leave_their_input_alone():
-    folded = bn_to_affine(blobs(True, torch.float64))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.record["case"])
+def test_every_conversion_is_checked(case):
+    assert folds(case) or strips(case), f"a conversion of no known kind: {case.record['source']}"
+
+
+@pytest.mark.parametrize("case", FOLDING)
+def test_factors_become_norms_that_leave_their_input_alone(case):
+    folded = bn_to_affine(blobs(case, True, torch.float64))
     unfolded = affine_to_bn(folded, eps=1e-5)
     again = bn_to_affine(unfolded)
     for name, tensor in tensors(folded).items():

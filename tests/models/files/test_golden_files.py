@@ -1,5 +1,6 @@
 """The golden networks from files in the formats of their systems, and back into such files."""
 
+import json
 import os
 from pathlib import Path
 
@@ -11,13 +12,54 @@ from nlkernels.models import create_model, files
 from nlkernels.models.conversion import FORMS
 from nlkernels.models.convert import export_foreign, load_foreign
 from tests.golden_cases import deviation, load
-from tests.golden_models import NETWORKS, outputs
+from tests.golden_cases import files as golden_files
+from tests.golden_models import NETWORKS
+from tests.golden_outputs import outputs
 
 FOLDER = Path(os.environ.get("NLKERNELS_GOLDEN") or Path(__file__).parents[2] / "golden")
-CAFFE2 = ("c2_c2d_r50_nl_8x8", "c2_i3d_r50_nl_8x8", "c2_i3d_r50_nl_32x4_affine")
+PREFIXES = {
+    "C2": "caffe2",
+    "TN": "tushar",
+    "SF": "slowfast",
+    "PTV": "pytorchvideo",
+    "MM": "mmaction",
+    "TSM": "tsm",
+    "RNL": "rnl",
+    "INC": "inception_nl",
+    "HA": "hassony2",
+    "PJ": "piergiaj",
+    "MS": "mindspore",
+}
 # Golden cases have no momenta; a training checkpoint has one for every blob that is trained.
 TRAINED = ("conv1_w", "pred_w", "pred_b", "nonlocal_conv3_1_theta_w")
 SOLVER = {"lr": 0.0001, "model_iter": 400000}
+
+
+def by_system():
+    """Files of networks by system, those with the most keys first."""
+    found = {}
+    for path in golden_files(FOLDER, "model"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        system = PREFIXES[record["system"].split()[0]]
+        found.setdefault(system, []).append((-len(record["state"]), path))
+    return {system: [path for _, path in sorted(paths)] for system, paths in found.items()}
+
+
+def parameters(found, kind):
+    """Files as parameters; a skipped one where the folder has none."""
+    reason = f"no network of {kind} among the golden cases in {FOLDER}"
+    return [pytest.param(path, id=path.stem) for path in found] or [
+        pytest.param(None, marks=pytest.mark.skip(reason=reason))
+    ]
+
+
+BY_SYSTEM = by_system()
+CAFFE2 = parameters(BY_SYSTEM.get("caffe2", []), "the Caffe2 original")
+# The largest network of each system that saves with torch.
+OTHERS = parameters(
+    [paths[0] for system, paths in BY_SYSTEM.items() if FORMS[system].format == "torch"],
+    "a system that saves with torch",
+)
 
 
 def network(case):
@@ -29,16 +71,18 @@ def caffe2_file(folder, case, entry):
     """A checkpoint of training, or the flat one of the original's tools."""
     blobs = dict(case.state)
     if entry:
-        blobs |= {f"{name}_momentum": np.ones_like(blobs[name]) for name in TRAINED}
+        blobs |= {
+            f"{name}_momentum": np.ones_like(blobs[name]) for name in TRAINED if name in blobs
+        }
     path = folder / "c2_model_iter400000.pkl"
     files.write(path, blobs, SOLVER, format="caffe2", entry=entry)
     return path
 
 
 @pytest.mark.parametrize("entry", ["blobs", ""], ids=["nested", "flat"])
-@pytest.mark.parametrize("name", CAFFE2)
-def test_pickles_of_caffe2(tmp_path, name, entry):
-    case = load(FOLDER / f"{name}.json")
+@pytest.mark.parametrize("source", CAFFE2)
+def test_pickles_of_caffe2(tmp_path, source, entry):
+    case = load(source)
     path = caffe2_file(tmp_path, case, entry)
     model, direct = network(case), network(case)
     report = load_foreign(model, path)
@@ -61,9 +105,9 @@ def test_pickles_of_caffe2(tmp_path, name, entry):
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("name", CAFFE2)
-def test_networks_from_pickles_compute_the_golden_numbers(tmp_path, name):
-    case = load(FOLDER / f"{name}.json")
+@pytest.mark.parametrize("source", CAFFE2)
+def test_networks_from_pickles_compute_the_golden_numbers(tmp_path, source):
+    case = load(source)
     model = network(case)
     load_foreign(model, caffe2_file(tmp_path, case, "blobs"))
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
@@ -72,25 +116,14 @@ def test_networks_from_pickles_compute_the_golden_numbers(tmp_path, name):
             assert deviation(digest, found[tap]) < tolerance, (dtype, tap)
 
 
-OTHERS = {
-    "tushar": "tn_i3d_r50_nl",
-    "slowfast": "sf_c2d_nln_8x8_r50",
-    "pytorchvideo": "ptv_slow_r50",
-    "mmaction": "mm_i3d_r50_nl_gaussian",
-    "tsm": "tsm_r50_nl",
-    "rnl": "rnl_tsm_r50",
-    "inception_nl": "inc_i3d_rgb_nl",
-    "hassony2": "ha_i3d_rgb",
-    "piergiaj": "pj_i3d_rgb",
-}
-
-
 @pytest.mark.gate
 @pytest.mark.parametrize("archive", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("system", OTHERS)
-def test_torch_files_of_every_system(tmp_path, system, archive):
+@pytest.mark.parametrize("source", OTHERS)
+def test_torch_files_of_every_system(tmp_path, source, archive):
     """As the system's code saves them: nested, prefixed, beside an optimiser."""
-    case, form = load(FOLDER / f"{OTHERS[system]}.json"), FORMS[system]
+    case = load(source)
+    system = PREFIXES[case.record["system"].split()[0]]
+    form = FORMS[system]
     state = {form.prefix + key: torch.from_numpy(array) for key, array in case.state.items()}
     optimiser = {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
     content = {"epoch": 3, form.entry: state, "optimizer": optimiser} if form.entry else state
