@@ -1,6 +1,10 @@
 """Golden adapters: altered cases of the public networks, against formulas that read their keys."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -314,6 +318,25 @@ def test_affine_networks_with_idle_factors_behind_blocks():
     idle = altered("c2_i3d_r50_nl_32x4_affine", clip, shapes, entry=entry)
     assert len(idle.state) == len(plain.state) + 10
     close(run(idle)[1]["res3"], run(plain)[1]["res3"])
+
+
+def test_folders_whose_files_have_other_names(tmp_path):
+    """Cases are taken by what they hold; what a folder has none of is skipped, and why is said."""
+    for stem, name in (("c2_bn_to_affine", "folding"), ("tsm_r50", "network")):
+        shutil.copy(GOLDEN / f"{stem}.json", tmp_path / f"{name}.json")
+    chosen = ("tests/models/test_blobs.py", "tests/models/files/test_golden_files.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", *chosen]
+    found = subprocess.run(
+        [*command, "-m", "not gate", "-k", "original or files or conversion or pickles"],
+        cwd=GOLDEN.parents[1],
+        env={**os.environ, "NLKERNELS_GOLDEN": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout
+    assert f"no network of the Caffe2 original among the golden cases in {tmp_path}" in found.stdout
+    assert "7 passed, 2 skipped" in found.stdout
 
 
 REFUSED = {
