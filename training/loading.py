@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from nlkernels.models.classes import read_names
 
@@ -251,29 +251,40 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
 
 class _Numbered(Dataset[tuple[Any, ...]]):
-    """A data set's clips with their numbers, each drawn as in the epoch that the sampler names.
+    """Batches of a data set's clips and their numbers, drawn as in the epochs that a sampler names.
 
     Args:
         clips: Data set.
-        decoded: Give frames and views in place of network input.
+        decoded: Give lists of frames and views in place of network input.
     """
 
-    def __init__(self, clips: ClipDataset, *, decoded: bool = False) -> None:
+    def __init__(self, clips: ClipDataset, *, decoded: bool) -> None:
         self._clips, self._decoded = clips, decoded
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
-        epoch, number = key
-        self._clips.set_epoch(epoch)
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Any, ...]:
+        batch, frames, views, labels = None, [], [], []
+        for place, (epoch, number) in enumerate(keys):
+            self._clips.set_epoch(epoch)
+            video, view, label = self._clips.decoded(number)
+            labels.append(label)
+            if self._decoded:
+                frames.append(video)
+                views.append(view)
+                continue
+            if batch is None:
+                # Clips are rendered into it: putting them together afterwards copies them again.
+                batch = torch.empty(len(keys), *view.shape(video))
+                if get_worker_info() is not None:
+                    batch.share_memory_()
+            self._clips.transform.render(video, view, out=batch[place])
+        numbers = torch.tensor([number for _, number in keys])
         if self._decoded:
-            return (*self._clips.decoded(number), number)
-        clip, label = self._clips[number]
-        return clip, label, number
+            return frames, views, torch.tensor(labels), numbers
+        return batch, torch.tensor(labels), numbers
 
 
-def _as_lists(items: list[tuple[Any, ...]]) -> tuple[list[Any], list[Any], Tensor, Tensor]:
-    """Frames and views of a batch in lists: their sizes differ until they are rendered."""
-    frames, views, labels, numbers = zip(*items, strict=True)
-    return list(frames), list(views), torch.tensor(labels), torch.tensor(numbers)
+def _as_it_is(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    return batch
 
 
 class Batches:
@@ -309,7 +320,7 @@ class Batches:
             _Numbered(clips, decoded=self._render is not None),
             batch_sampler=order,
             num_workers=workers,
-            collate_fn=default_collate if self._render is None else _as_lists,
+            collate_fn=_as_it_is,
             # A hanging decoder is an error, not a hanging run.
             timeout=config.data.timeout_s if workers > 0 else 0,
             # Its own: a loader that starts draws a seed, and dropout must not notice a resumed run.

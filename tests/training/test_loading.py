@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from nlkernels.training.config import Config, DataConfig, OptimConfig
 from nlkernels.training.data.dataset import DecodeRateError
 from nlkernels.training.data.reader import VideoReadError
+from nlkernels.training.data.views import View
 from nlkernels.training.loading import StepSampler, training_batches
 from nlkernels.training.loading import test_batches as batches_of_the_test
 
@@ -24,30 +25,36 @@ class Clips(Dataset):
     def set_epoch(self, epoch):
         self.epoch = epoch
 
-    def __getitem__(self, number):
-        return torch.full((3, 1, 2, 2), 100.0 * self.epoch + number), number % 2
+    def decoded(self, number):
+        video = torch.full((1, 2, 2, 3), 100.0 * self.epoch + number)
+        return video, View(None, 0, 0, 2, 2), number % 2
+
+    class transform:
+        @staticmethod
+        def render(video, view, out):
+            return out.copy_(video.permute(3, 0, 1, 2))
 
 
 class Hanging(Clips):
     """Hangs long enough for the time-out, and not so long that its process must be waited for."""
 
-    def __getitem__(self, number):
+    def decoded(self, number):
         time.sleep(0.5)
-        return super().__getitem__(number)
+        return super().decoded(number)
 
 
 class Failing(Clips):
-    def __getitem__(self, number):
+    def decoded(self, number):
         raise VideoReadError("clip.mp4", "damaged")
 
 
 class TooManyFailing(Clips):
-    def __getitem__(self, number):
+    def decoded(self, number):
         raise DecodeRateError("data: expected at most 5% to fail, got more; take videos out")
 
 
 class Broken(Clips):
-    def __getitem__(self, number):
+    def decoded(self, number):
         raise RuntimeError("something else")
 
 

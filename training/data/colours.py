@@ -40,19 +40,22 @@ NORMALISATIONS = {
 }
 
 
-def to_planes(video: Tensor, channels: str = "rgb") -> Tensor:
+def to_planes(video: Tensor, channels: str = "rgb", out: Tensor | None = None) -> Tensor:
     """Frames to levels as networks take them.
 
     Args:
         video: (T, H, W, C), uint8 or float32, colours as red, green, blue.
         channels: ``rgb``, or ``bgr`` to turn them round.
+        out: Where to write, (C, T, H, W), float32; unset is new memory.
 
     Returns:
-        (C, T, H, W), float32, contiguous, a copy.
+        (C, T, H, W), float32, a copy; contiguous in new memory.
     """
     planes = video.permute(3, 0, 1, 2)
     if channels == "bgr":
         planes = planes.flip(0)
+    if out is not None:
+        return out.copy_(planes)
     return planes.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 

@@ -122,7 +122,7 @@ def scan_videos(
 def _result(
     path: str,
     answer: dict[str, Any],
-    pixels: bytearray | None,
+    pixels: np.ndarray | None,
     keep: Callable[[int], range] | None,
 ) -> ScannedVideo:
     if "error" in answer:
@@ -131,7 +131,7 @@ def _result(
     if keep is None:
         return ScannedVideo(path, length, fps=answer["fps"])
     kept = keep(length)
-    frames = np.frombuffer(pixels, np.uint8).reshape(length, *answer["shape"])
+    frames = pixels.reshape(length, *answer["shape"])
     # A part is copied, so that the rest can be forgotten.
     part = frames if len(kept) == length else frames[kept.start : kept.stop].copy()
     return ScannedVideo(path, length, pixels=part, fps=answer["fps"])

@@ -25,8 +25,8 @@ class Transform(Protocol):
     ) -> View:
         """View number ``crop`` of decoded frames, of a clip of class ``label``."""
 
-    def render(self, video: Tensor, view: View) -> Tensor:
-        """Frames (T, H, W, C), uint8, to network input (C, T, h, w), float32."""
+    def render(self, video: Tensor, view: View, out: Tensor | None = None) -> Tensor:
+        """Frames (T, H, W, C), uint8, to network input (C, T, h, w), float32, in ``out`` if set."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TrainTransform:
         mirrored = draw_mirrored(generator) and self.flip and label not in self.unflipped
         return replace(view, mirrored=mirrored, jitter=draw_jitter(self.jitter, generator))
 
-    def render(self, video: Tensor, view: View) -> Tensor:
+    def render(self, video: Tensor, view: View, out: Tensor | None = None) -> Tensor:
         """(T, H, W, C) uint8 to (C, T, size, size) float32."""
         look = Look(
             self.augmentation.rule,
@@ -78,7 +78,7 @@ class TrainTransform:
             self.channels,
             negates_flow=self.augmentation.recipe != "inception",
         )
-        return render(video, view, look)
+        return render(video, view, look, out)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class TestTransform:
         """Window number ``crop``; only ``three_random`` draws from the generator."""
         return self.windows.view(height, width, crop, generator)
 
-    def render(self, video: Tensor, view: View) -> Tensor:
+    def render(self, video: Tensor, view: View, out: Tensor | None = None) -> Tensor:
         """(T, H, W, C) uint8 to (C, T, h, w) float32."""
         look = Look(RULES[self.windows.rule], NORMALISATIONS[self.colours], self.channels)
-        return render(video, view, look)
+        return render(video, view, look, out)

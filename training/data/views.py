@@ -37,6 +37,11 @@ class View:
     mirrored: bool = False
     jitter: Jitter | None = None
 
+    def shape(self, video: Tensor) -> tuple[int, int, int, int]:
+        """(C, T, h, w) of what `render` makes of frames (T, H, W, C)."""
+        size = (self.height, self.width) if self.size is None else self.size
+        return (video.shape[3], video.shape[0], *size)
+
 
 @dataclass(frozen=True)
 class Look:
@@ -56,16 +61,17 @@ class Look:
     negates_flow: bool = True
 
 
-def render(video: Tensor, view: View, look: Look) -> Tensor:
+def render(video: Tensor, view: View, look: Look, out: Tensor | None = None) -> Tensor:
     """Decoded frames to network input.
 
     Args:
         video: (T, H, W, C), uint8; C is 3 (red, green, blue) or 2 (flow to the right, and down).
         view: What to cut out.
         look: How to scale and normalise.
+        out: Where to write, of the shape that `View.shape` gives; unset is new memory.
 
     Returns:
-        (C, T, h, w), float32, contiguous, on the device of `video`.
+        (C, T, h, w), float32, on the device of `video`; contiguous in new memory.
 
     Raises:
         TypeError: Not uint8.
@@ -89,7 +95,7 @@ def render(video: Tensor, view: View, look: Look) -> Tensor:
         video = video.flip(2)
     if view.jitter is not None:
         video = view.jitter(video)
-    planes = to_planes(video, look.channels)
+    planes = to_planes(video, look.channels, out)
     if view.mirrored and look.negates_flow and len(planes) == 2:
         planes[0].neg_().add_(255)
     return look.normalisation(planes)

@@ -1,14 +1,23 @@
 """Videos decoded in a child process: the same frames, and no hang or crash of a decoder spreads."""
 
+import contextlib
 import os
 import time
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
+from nlkernels.training.data.augment import Augmentation
 from nlkernels.training.data.child import ChildReader
+from nlkernels.training.data.listed import ListDataset
+from nlkernels.training.data.lists import Listing, Record
+from nlkernels.training.data.openers import FileOpener
 from nlkernels.training.data.reader import VideoReadError, choose_reader, open_video
+from nlkernels.training.data.samplers import Caffe2Sampler
+from nlkernels.training.data.transforms import TrainTransform
 
 from .test_scan import FAKE
 
@@ -74,3 +83,44 @@ def test_one_child_serves_all_videos_and_none_is_left(fake):
     assert len(children() - before) == 1
     ChildReader.stop_children()
     assert children() == before
+
+
+def alive(word):
+    """Processes with a word in their command line."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if word in entry.read_text():
+                found.append(entry.parent.name)
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_set_goes_on_past_a_decoder_that_hangs(fake, workers):
+    names = ["a", "hang-1", "b", "c"]
+    listing = Listing([Record(name, number) for number, name in enumerate(names)])
+    data = ListDataset(
+        listing,
+        names,
+        root="",
+        training=True,
+        sampler=Caffe2Sampler(2),
+        transform=TrainTransform(Augmentation("caffe2", (2, 2), 2)),
+        seed=0,
+        opener=FileOpener(fake, child_timeout_s=0.5),
+        check="none",
+    )
+    batches = list(DataLoader(data, batch_size=2, num_workers=workers))
+    labels = torch.cat([labels for _, labels in batches]).tolist()
+    assert [labels[0], *labels[2:]] == [0, 2, 3]
+    assert labels[1] in (0, 2, 3)
+    levels = torch.cat([clips for clips, _ in batches])[:, 0, 0, 0, 0] * 57.375 + 114.75
+    # Six frames from the letter's own level on.
+    for label, level in zip(labels, levels.tolist(), strict=True):
+        assert 0 <= round(level) - ord(names[label]) <= 5
+    assert data.decode_failures == [("hang-1", 1)]
+    ChildReader.stop_children()
+    patience = time.monotonic() + 10
+    while alive(fake) and time.monotonic() < patience:
+        time.sleep(0.1)
+    assert alive(fake) == []

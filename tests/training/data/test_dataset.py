@@ -48,14 +48,14 @@ class Keep:
     def view(self, height, width, generator, *, crop, label):
         return View(None, 0, 0, height, width)
 
-    def render(self, video, view):
+    def render(self, video, view, out=None):
         return video
 
 
 class KeepNumbers(Keep):
     """The frame numbers of a numbered video, in place of a picture."""
 
-    def render(self, video, view):
+    def render(self, video, view, out=None):
         return ((video.double().mean((1, 2, 3)) - 10) / STEP).round().int()
 
 
