@@ -200,11 +200,11 @@ def _reorder(
     beside = {} if origin.report is None else _of_no_class(model, origin)
     take_classes(model, class_rows(theirs, ours))
     fit = fit._replace(options={**fit.options, "num_classes": len(ours)})
-    known = {**origin.metadata, "classes": json.dumps(ours)}
-    known.pop("class_order", None)
+    metadata = {**origin.metadata, "classes": json.dumps(ours)}
+    metadata.pop("class_order", None)
     # Rows of another number are no longer what was read.
     report = origin.report if len(ours) == len(theirs) else None
-    return fit, origin._replace(metadata=known, report=report, beside=beside)
+    return fit, origin._replace(metadata=metadata, report=report, beside=beside)
 
 
 def _of_no_class(model: nn.Module, origin: "Origin") -> dict[str, torch.Tensor]:

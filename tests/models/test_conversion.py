@@ -330,6 +330,10 @@ def test_blobs_are_folded_and_stripped_as_by_the_original_s_tools(capsys, tmp_pa
         code, out, _ = nlk(capsys, tmp_path / "affine.pkl", target, *argv)
         assert code == 0
         assert "2 expected new" in out
+    target = tmp_path / "long.pkl"  # a network in between leaves what the tool makes of it
+    argv = ("--rewrite", "affine", "--model", "i3d_r50_32x4", "--new", "classifier")
+    assert nlk(capsys, path, target, "--to", "caffe2", *argv)[0] == 0
+    assert (files.read(target).metadata, files.read(target).extra) == ({"lr": 0.00125}, {})
     code, out, _ = nlk(
         capsys, tmp_path / "affine.pkl", tmp_path / "b.pkl", "--rewrite", "batch", "--to", "caffe2"
     )
