@@ -34,8 +34,11 @@ from benchmarks.stage import (
 )
 from nlkernels.training.config import ModelConfig, OptimConfig, ProfileConfig
 from nlkernels.training.data.synthetic import draw_clip
-from nlkernels.training.engine import StepRecord, make_optimiser, train
+from nlkernels.training.engine import StepRecord, train
 from nlkernels.training.measure import attention_sizes, measure
+from nlkernels.training.optimisers import make_optimiser
+from nlkernels.training.schedules import Schedule
+from nlkernels.training.updates import Updater
 from nlkernels.training.variants import build_variant
 
 BUDGET_S = 450.0
@@ -235,7 +238,7 @@ def training_row(
     model = Amp(build_variant(variant, task.model, CLASSES, seed=0).to(device))
     records: list[StepRecord] = []
 
-    def on_step(record: StepRecord) -> None:
+    def on_step(record: StepRecord, asked: bool) -> None:
         records.append(record)
         if time.time() > end:
             raise _TimeIsOver
@@ -244,12 +247,10 @@ def training_row(
     begun = time.time()
     with contextlib.suppress(_TimeIsOver):
         train(
-            model,
+            Updater(model, make_optimiser(model, task.optim), task.optim, device),
             data.batches(task),
-            make_optimiser(model, task.optim),
-            task.optim,
+            Schedule(task.optim, steps=task.optim.steps),
             steps=task.optim.steps,
-            device=device,
             on_step=on_step,
         )
     seconds = time.time() - begun

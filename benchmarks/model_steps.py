@@ -15,9 +15,9 @@ from benchmarks.model_judge import Results
 from benchmarks.reckoned import ReckonedMemory
 from nlkernels._memory import MIB, PeakMemory
 from nlkernels.training.config import OptimConfig
-from nlkernels.training.engine import make_optimiser
 from nlkernels.training.measure import count_flops, count_parameters, needed_mib
 from nlkernels.training.memory import state_mib
+from nlkernels.training.optimisers import make_optimiser
 
 PASSES = ("training", "forward")
 """training: forward, backward and update, batch statistics. forward: no graph, running ones."""

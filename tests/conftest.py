@@ -15,6 +15,9 @@ from tests import interpreter
 # Native code, compiled once for all runs of the tests in this checkout; `make clean` removes it.
 COMPILED = Path(__file__).resolve().parents[1] / "build" / "ext"
 
+# Blocks of tests are small, and run what large inputs run, unless a test asks for `as_measured`.
+MEASURED, choice.TABLE = choice.TABLE, {}
+
 # Before any kernel is defined: without a GPU, Triton's kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -57,16 +60,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", present if asked == "all" else [asked])
 
 
-@pytest.fixture(autouse=True)
-def few_passes(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Blocks of tests run what large inputs run, unless a test asks for what `choice` says."""
-    if "as_measured" not in request.fixturenames:
-        monkeypatch.setattr(choice, "TABLE", {})
-
-
 @pytest.fixture
-def as_measured() -> None:
-    """Small inputs go layer after layer, as they do without tests."""
+def as_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small inputs go layer after layer, as they do where no tests run."""
+    monkeypatch.setattr(choice, "TABLE", MEASURED)
 
 
 def _can_be_made(folder: Path) -> bool:
