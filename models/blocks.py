@@ -234,7 +234,10 @@ def _local_widths(dim: int, parameters: int) -> tuple[int, int]:
 
 
 def check_block_options(
-    where: str, options: Mapping[str, Any] | None, preset: str | None = None
+    where: str,
+    options: Mapping[str, Any] | None,
+    preset: str | None = None,
+    kind: str | None = None,
 ) -> dict[str, Any]:
     """Options of an inserted block as a new dictionary that includes "variant".
 
@@ -243,6 +246,7 @@ def check_block_options(
         options: keyword arguments of `NonLocalBlock3d` (without `dim`), "variant", and "preset": a
             published system's options, which the others replace; or None.
         preset: the preset where `options` names none; None for the block's own defaults.
+        kind: the kind where `options` names neither one nor a preset; None for the preset's.
 
     Returns:
         The options, "preset" replaced by what it stands for.
@@ -271,6 +275,8 @@ def check_block_options(
             f"got {variant!r}{nearest(variant, VARIANTS)}"
         )
     arguments = {key: given[key] for key in given if key not in ("variant", "preset")}
+    if kind is not None and "preset" not in given:
+        arguments.setdefault("kind", kind)
     preset = given.get("preset", preset)
     if preset is not None:
         arguments = preset_options(preset, NonLocalBlock3d.dims, arguments)

@@ -35,7 +35,10 @@ TINY_BLOCK_PLACES: dict[int, tuple[int, ...]] = {0: (), 1: (4,), 2: (3, 4)}
 for _depth in (50, 101):
     for _setting, _design in CAFFE2_SETTINGS:
         register_resnet(f"c2d_r{_depth}_{_setting}", "c2d", depth=_depth, **_design)
-register_resnet("slowfast_c2d_r50_8x8", "c2d", window=(4, 7, 7), **SLOWFAST)
+for _depth in (50, 101):
+    register_resnet(
+        f"slowfast_c2d_r{_depth}_8x8", "c2d", depth=_depth, window=(4, 7, 7), **SLOWFAST
+    )
 register_resnet("slowfast_c2d_nopool_r50_8x8", "c2d", window=(8, 7, 7), pool2=0, **SLOWFAST)
 register_resnet("pytorchvideo_c2d_r50_8x8", "c2d", window=(4, 7, 7), **PYTORCHVIDEO)
 
@@ -43,7 +46,14 @@ register_resnet("pytorchvideo_c2d_r50_8x8", "c2d", window=(4, 7, 7), **PYTORCHVI
 register_resnet("mmaction_c2d_r50_8x8", "c2d", pool1_padding=0, **MMACTION)
 register_resnet("mmaction_c2d_r50_16x4", "c2d", pool1_padding=0, **MMACTION)
 for _depth in (50, 101):
-    register_resnet(f"mmaction_c2d_nopool_r{_depth}_8x8", "c2d", depth=_depth, pool2=0, **MMACTION)
+    register_resnet(
+        f"mmaction_c2d_nopool_r{_depth}_8x8",
+        "c2d",
+        depth=_depth,
+        dropout=0.4,
+        pool2=0,
+        **MMACTION,
+    )
 
 
 @register_model

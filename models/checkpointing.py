@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 def run(layer: nn.Module, x: torch.Tensor, checkpointing: bool) -> torch.Tensor:
     """Run a layer; a checkpointed one keeps its input alone for the backward.
 
-    Batch norms take in the statistics of a batch once, though they see it twice.
+    Batch norms take in the statistics of a batch once, though they see it twice. Compiled code
+    computes again what has no effects, and takes no context.
 
     Args:
         layer: of a Sequential, every part keeps its own input.
@@ -22,8 +23,10 @@ def run(layer: nn.Module, x: torch.Tensor, checkpointing: bool) -> torch.Tensor:
     """
     if not checkpointing or not torch.is_grad_enabled():
         return layer(x)
+    compiling = torch.compiler.is_compiling()
     for part in layer if isinstance(layer, nn.Sequential) else (layer,):
-        x = checkpoint(part, x, use_reentrant=False, context_fn=partial(_contexts, part))
+        contexts = {} if compiling else {"context_fn": partial(_contexts, part)}
+        x = checkpoint(part, x, use_reentrant=False, **contexts)
     return x
 
 

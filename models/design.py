@@ -12,6 +12,7 @@ from torch import nn
 
 from nlkernels._spec import nearest
 from nlkernels.modules.layers import Affine
+from nlkernels.modules.options import BlockOptions
 
 # Bottlenecks of res2 to res5.
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -21,6 +22,8 @@ CAFFE2_EPS = 1.0000001e-5
 
 Place = tuple[int, int]
 Places = tuple[Place, ...]
+# By depth, then by the number of blocks.
+Placement = Mapping[int, Mapping[int, Places]]
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,11 @@ class ResNetDesign:
             of the whole bottleneck ("block"); None shifts nothing.
         shift_div: a channel in so many comes from the next frame, and one from the frame before.
         preset: the system's block, a key of `nlkernels.modules.presets.PRESETS`.
-        layer_block: options of the blocks behind one layer only.
+        kind: kind of the published network's blocks; None for the preset's.
+        layer_block: options of the blocks behind one layer, 1 to 4, only. JSON makes texts of these
+            numbers: "2" is read as 2.
         gates: bottlenecks that a channel gate follows when there are blocks.
-        places: bottlenecks that a block follows, by the number of blocks.
+        placement: bottlenecks that a block follows, by depth and by the number of blocks.
     """
 
     system: str
@@ -76,9 +81,21 @@ class ResNetDesign:
     shift: str | None = None
     shift_div: int = 8
     preset: str = "caffe2"
+    kind: str | None = None
     layer_block: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     gates: Places = ()
-    places: Mapping[int, Places] = field(default_factory=lambda: {0: ()})
+    placement: Placement = field(default_factory=lambda: {depth: {0: ()} for depth in DEPTHS})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layer_block, Mapping):
+            numbered = {_numbered(layer): own for layer, own in self.layer_block.items()}
+            if len(numbered) == len(self.layer_block):  # else a text stays, and is refused
+                object.__setattr__(self, "layer_block", numbered)
+
+    @property
+    def places(self) -> Mapping[int, Places]:
+        """Bottlenecks that a block follows at this depth, by the number of blocks."""
+        return self.placement[self.depth]
 
     def kernels_t(self) -> list[list[int]]:
         """Temporal kernel of `conv1` of every bottleneck, by layer."""
@@ -100,6 +117,11 @@ class ResNetDesign:
         return nn.BatchNorm3d(channels, eps=self.norm_eps)
 
 
+def _numbered(layer: object) -> object:
+    """A layer's number, of which JSON makes a text."""
+    return int(layer) if isinstance(layer, str) and layer.isdecimal() else layer
+
+
 _CHOICES = {
     "depth": tuple(DEPTHS),
     "pool2": (0, 2, 3),
@@ -118,7 +140,7 @@ _POSITIVE = (
 
 
 def check_design(where: str, design: ResNetDesign) -> None:
-    """Raise ValueError unless a network can have this design."""
+    """Raise ValueError, or TypeError for `layer_block`, unless a network can have this design."""
     for name, choices in _CHOICES.items():
         value = getattr(design, name)
         if value not in choices:
@@ -152,6 +174,29 @@ def check_design(where: str, design: ResNetDesign) -> None:
             f"{where}: expected inflated to be four patterns of 0 and 1, got {design.inflated!r}; "
             "pass one for each of layer1 to layer4"
         )
+    _check_layer_block(where, design.layer_block)
+
+
+def _check_layer_block(where: str, layer_block: object) -> None:
+    if not isinstance(layer_block, Mapping) or not all(
+        isinstance(own, Mapping) for own in layer_block.values()
+    ):
+        raise TypeError(
+            f"{where}: expected layer_block to be options by layer, got {layer_block!r}; "
+            "pass for example {2: {'temporal_group': 4}}"
+        )
+    for layer, own in layer_block.items():
+        if isinstance(layer, bool) or layer not in (1, 2, 3, 4):
+            raise ValueError(
+                f"{where}: expected the layers of layer_block to be 1 to 4, got {layer!r}; "
+                "the original's res3 is layer 2"
+            )
+        for option in own:
+            if option not in BlockOptions._fields:
+                raise TypeError(
+                    f"{where}: expected block options in layer_block[{layer}], got {option!r}"
+                    f"{nearest(option, BlockOptions._fields)}"
+                )
 
 
 def chosen_places(where: str, design: ResNetDesign, blocks: int | Sequence[Place]) -> Places:

@@ -1,6 +1,5 @@
 """I3D: ResNets in which every other bottleneck sees three frames."""
 
-from nlkernels.models.places import SLOWFAST101_PLACES
 from nlkernels.models.recipes import (
     CAFFE2_SETTINGS,
     I3D,
@@ -25,16 +24,15 @@ register_resnet(
     **STRIDED,
 )
 
-register_resnet("slowfast_i3d_r50_8x8", "i3d", window=(4, 7, 7), **I3D, **SLOWFAST)
-register_resnet(
-    "slowfast_i3d_r101_8x8",
-    "i3d",
-    depth=101,
-    places=SLOWFAST101_PLACES,
-    window=(4, 7, 7),
-    **I3D,
-    **SLOWFAST,
-)
+for _depth in (50, 101):
+    register_resnet(
+        f"slowfast_i3d_r{_depth}_8x8",
+        "i3d",
+        depth=_depth,
+        window=(4, 7, 7),
+        **I3D,
+        **SLOWFAST,
+    )
 register_resnet("pytorchvideo_i3d_r50_8x8", "i3d", window=(4, 7, 7), **I3D, **PYTORCHVIDEO)
 
 # mmaction2's pools look at every frame and skip every other one. "Heavy" inflates all bottlenecks.
@@ -42,7 +40,7 @@ register_resnet(
     "mmaction_i3d_r50_32x2", "i3d", stem_stride_t=2, pool1_stride_t=2, **I3D, **MMACTION
 )
 register_resnet(
-    "mmaction_i3d_heavy_r50_8x8", "i3d", stem_kernel_t=5, inflated=((1,),) * 4, **MMACTION
+    "mmaction_i3d_heavy_r50_32x2", "i3d", stem_kernel_t=5, inflated=((1,),) * 4, **MMACTION
 )
 # The MindSpore port starts without any temporal stride.
 register_resnet("mindspore_i3d_r50_32", "i3d", system="mindspore", preset="mindspore", **I3D)

@@ -1,16 +1,10 @@
 """Registered ResNets: a name for a design, every choice of which stays an option."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
-from nlkernels.models.design import CAFFE2_EPS, Places, ResNetDesign
-from nlkernels.models.places import (
-    EVEN101_PLACES,
-    EVEN_PLACES,
-    RESNET50_PLACES,
-    RESNET101_PLACES,
-)
+from nlkernels.models.design import CAFFE2_EPS, ResNetDesign
+from nlkernels.models.places import ORIGINAL_PLACES, SLOWFAST_PLACES
 from nlkernels.models.registry import register_model
 from nlkernels.models.resnet import VideoResNet
 
@@ -18,7 +12,7 @@ from nlkernels.models.resnet import VideoResNet
 DESIGN_OPTIONS = tuple(
     each.name
     for each in dataclasses.fields(ResNetDesign)
-    if each.name not in ("system", "preset", "gates", "places")
+    if each.name not in ("system", "preset", "kind", "gates", "placement")
 )
 OPTIONS = ("blocks", "block", "dropout", "checkpointing", *DESIGN_OPTIONS)
 
@@ -53,7 +47,13 @@ CAFFE2_SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("128x1", {**CAFFE2_AFFINE, **STRIDED}),
     ("128x1_ungrouped", {**CAFFE2_UNGROUPED, **STRIDED}),
 )
-SLOWFAST = {"system": "slowfast", "zero_init": True, "head": "window", "preset": "slowfast"}
+SLOWFAST = {
+    "system": "slowfast",
+    "zero_init": True,
+    "head": "window",
+    "preset": "slowfast",
+    "placement": SLOWFAST_PLACES,
+}
 PYTORCHVIDEO = {"system": "pytorchvideo", "head": "window", "preset": "pytorchvideo"}
 MMACTION = {"system": "mmaction", "preset": "mmaction_i3d"}
 
@@ -68,26 +68,16 @@ def register_resnet(
         family: its architecture.
         blocks: number of blocks where the caller names none.
         dropout: that of the published recipe.
-        **design: fields of `ResNetDesign`; places follow from the depth where none are given.
+        **design: fields of `ResNetDesign`; blocks go where the original has them by default.
     """
-    depth = design.get("depth", 50)
-    chosen = ResNetDesign(**{"places": default_places(depth), **design})
+    chosen = ResNetDesign(**{"placement": ORIGINAL_PLACES, **design})
     defaults = {"blocks": blocks, "dropout": dropout}
 
     def build(*, num_classes: int, width: float, **options: Any) -> VideoResNet:
         changed = {key: options.pop(key) for key in DESIGN_OPTIONS if key in options}
-        if "depth" in changed and "places" not in design:
-            changed["places"] = default_places(changed["depth"])
         own = dataclasses.replace(chosen, **changed)
         return VideoResNet(
             name, own, num_classes=num_classes, width=width, **{**defaults, **options}
         )
 
     register_model(build, name=name, options=OPTIONS, family=family, design=chosen)
-
-
-def default_places(depth: int, *, even: bool = False) -> Mapping[int, Places]:
-    """Where blocks go in a network of this depth: as in the original, or from the first on."""
-    if even:
-        return EVEN_PLACES if depth == 50 else EVEN101_PLACES
-    return RESNET50_PLACES if depth == 50 else RESNET101_PLACES

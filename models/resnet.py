@@ -64,7 +64,7 @@ class VideoResNet(nn.Module):
         blocks: number of non-local blocks, one that `design.places` has (0, 1, 5 or 10 in the
             original), or (layer, index) pairs of the bottlenecks that blocks follow.
         block: options of `NonLocalBlock3d`, "variant" ("nonlocal" or "local") and "preset" (a
-            published system's options). Without a preset, the design's holds.
+            published system's options). Without a preset, the design's holds, and its kind.
         dropout: probability in front of the classifier, in training mode.
         checkpointing: keep no activations inside bottlenecks for the backward, which computes them
             again.
@@ -74,7 +74,7 @@ class VideoResNet(nn.Module):
         checkpointing: as given; may be changed at any time.
 
     Raises:
-        TypeError: width or block of the wrong type, unknown block option.
+        TypeError: width, block or layer_block of the wrong type, unknown block option.
         ValueError: width, blocks, variant, preset, dropout or the design out of range.
     """
 
@@ -93,7 +93,7 @@ class VideoResNet(nn.Module):
         super().__init__()
         check_design(name, design)
         places = chosen_places(name, design, blocks)
-        options = check_block_options(name, block, preset=design.preset)
+        options = check_block_options(name, block, design.preset, design.kind)
         self.name, self.design, self.checkpointing = name, design, checkpointing
         channels = scaled(64, width)
         self.conv1 = nn.Conv3d(
@@ -223,7 +223,7 @@ class VideoResNet(nn.Module):
         """Probabilities of the clip as its system's test takes them.
 
         The Caffe2 original and PySlowFast take the softmax at every location and average it; the
-        others take that of `forward`. Dropout acts as in `forward`.
+        others take that of `forward`, with its dropout. At locations there is none.
 
         Args:
             clip: (B, 3, T, H, W), floating point.

@@ -52,13 +52,14 @@ def save_weights(
         3
     """
     registered(name, "save_weights")
-    state = model.state_dict()
-    _check("save_weights", name, options, {key: tuple(value.shape) for key, value in state.items()})
+    state, text = model.state_dict(), json.dumps(dict(options))
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    _check("save_weights", name, json.loads(text), shapes)
     own = {
         "format": "pt",  # what other readers of safetensors look for
         VERSION: nlkernels.__version__,
         NAME: name,
-        OPTIONS: json.dumps(dict(options)),
+        OPTIONS: text,
     }
     files.write(path, state, {**(metadata or {}), **own})
 
@@ -91,13 +92,27 @@ def open_weights(where: str, path: Path, file: files.File) -> nn.Module:
             f"{where}: expected weights of ours in {path}, got a {file.format} file without the "
             "name of a model; convert it first: nlk convert SRC DST, or load_foreign"
         )
-    name, options = file.metadata[NAME], json.loads(file.metadata[OPTIONS])
+    name, options = file.metadata[NAME], _options(f"{where}: {path}", file.metadata[OPTIONS])
     shapes = {key: tuple(value.shape) for key, value in file.state.items()}
     _check(f"{where}: {path}", name, options, shapes)
     with torch.random.fork_rng(devices=[]):  # what is drawn is replaced
         model = create_model(name, **options)
     model.load_state_dict(file.state, assign=True)
     return model
+
+
+def _options(where: str, text: str) -> dict[str, Any]:
+    """The options that a file names."""
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError:
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(
+            f"{where}: expected options of a model as JSON in the metadata, got {text[:60]!r}; "
+            "the file was changed after it was saved: convert the weights again"
+        )
+    return options
 
 
 def _check(

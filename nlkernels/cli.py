@@ -96,7 +96,11 @@ def _add_convert(commands) -> None:
     convert.add_argument("--to", metavar="SYSTEM", help="system to write for (default: ours)")
     convert.add_argument("--model", metavar="NAME", help="network, where several fit the weights")
     convert.add_argument(
-        "--new", action="append", default=[], choices=("blocks", "classifier"), help="starts fresh"
+        "--new",
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help="starts fresh where the checkpoint has none: blocks, classifier or statistics",
     )
     convert.add_argument("--inflate", action="store_true", help="repeat 2-D convolutions over time")
     convert.add_argument("--entry", help="which weights of a file with several, as state_dict_ema")
@@ -142,8 +146,12 @@ def _compare(arguments: argparse.Namespace, command: str) -> int:
 
 
 def _convert(arguments: argparse.Namespace, command: str) -> int:
+    from nlkernels._spec import check_choice
     from nlkernels.models.conversion import convert, parse_options
+    from nlkernels.models.convert import NEW
 
+    for group in arguments.new:
+        check_choice("convert", "--new", group, NEW)
     print(
         convert(
             arguments.source,

@@ -7,6 +7,7 @@ what another system calls it. Blocks follow `nlkernels._systems`.
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -161,7 +162,7 @@ class Layout:
             raise _Absent(f"a local block at {path}")
         if isinstance(module, ChannelGate):
             return self._gate(model, path, module)
-        if isinstance(module, _LAYERS) and not _inside(model, path):
+        if isinstance(module, _LAYERS) and not inside_block(model, path):
             return self._layer(model, path, module)
         return []
 
@@ -258,18 +259,29 @@ class Layout:
         }
 
     def from_ours(
-        self, model: nn.Module, state: Mapping[str, torch.Tensor]
+        self,
+        model: nn.Module,
+        state: Mapping[str, torch.Tensor],
+        converted: Mapping[str, Mapping[str, torch.Tensor]] = MappingProxyType({}),
     ) -> dict[str, torch.Tensor]:
         """A model's entries under this system's keys and in its shapes, as copies.
 
         Args:
             model: the model that the entries are of.
             state: its `state_dict()`.
+            converted: keys and values of blocks that were converted already, by their paths.
 
         Raises:
             ValueError: the system has no such network.
         """
-        return {pair.key: foreign(pair, state[pair.entry].detach()) for pair in self.pairs(model)}
+        exported: dict[str, torch.Tensor] = {}
+        for pair in self.pairs(model):
+            block = next((path for path in converted if pair.entry.startswith(f"{path}.")), None)
+            if block is None:
+                exported[pair.key] = foreign(pair, state[pair.entry].detach())
+            else:
+                exported |= converted[block]
+        return exported
 
 
 def native(pair: Pair, tensor: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
@@ -321,7 +333,7 @@ def _essential(shape: torch.Size) -> list[int]:
     return [size for size in shape if size != 1]
 
 
-def _inside(model: nn.Module, path: str) -> bool:
+def inside_block(model: nn.Module, path: str) -> bool:
     """Whether a module belongs to a block or a gate."""
     parents = path.split(".")
     ancestors = (model.get_submodule(".".join(parents[:end])) for end in range(1, len(parents)))

@@ -6,7 +6,10 @@ from torch.nn import functional as F
 
 from nlkernels import set_nonlocal_backend
 from nlkernels.models import create_model, list_models
+from nlkernels.models.blocks import Bottleneck
+from nlkernels.models.i3d_inception import Mixed
 from nlkernels.models.registry import registered
+from nlkernels.modules.base import NonLocalBlock
 
 # One of each builder and kind of block; the others are gates.
 FAST = {
@@ -27,8 +30,11 @@ def _blocks(name):
 EVERY = [
     pytest.param(name, marks=() if name in FAST else pytest.mark.gate) for name in list_models()
 ]
-# A compiler takes half a minute for the deep ones.
-SOME = [pytest.param(name, marks=() if name == "c2d_tiny" else pytest.mark.gate) for name in FAST]
+# A compiler takes half a minute for the deep ones; two heads and a stem of their own beside them.
+SOME = [
+    pytest.param(name, marks=() if name == "c2d_tiny" else pytest.mark.gate)
+    for name in (*FAST, "slowfast_c2d_r50_8x8", "slowfast_slow_r50_4x16", "mindspore_i3d_r50_32")
+]
 
 
 def small(name):
@@ -79,6 +85,31 @@ def test_channels_last(name):
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_channels_last_stays(name):
+    """Every layer and block puts out what it takes in, and gradients are those of NCDHW."""
+    model, clip = small(name)
+    model, gradients, broken = model.eval(), [], []
+
+    def check(module, _inputs, output):
+        if not output.is_contiguous(memory_format=torch.channels_last_3d):
+            broken.append(type(module).__name__)
+
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        model = model.to(memory_format=layout)
+        if layout == torch.channels_last_3d:
+            for module in model.modules():
+                if isinstance(module, Bottleneck | Mixed | NonLocalBlock):
+                    module.register_forward_hook(check)
+        model.zero_grad()
+        model(clip.to(memory_format=layout)).square().sum().backward()
+        gradients.append([each.grad.clone() for each in model.parameters() if each.requires_grad])
+    assert broken == []
+    largest = max(gradient.abs().max().item() for gradient in gradients[0])
+    for found, expected in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_autocast_trains(name):
     model, clip = small(name)
     # oneDNN's bfloat16 gradients of 3x1x1 kernels are wrong on maps of a few pixels (torch 2.13).
@@ -99,6 +130,23 @@ def test_autocast_trains(name):
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_checkpointing_under_autocast(name):
+    """The same step: gradients, and statistics that count a batch once."""
+    results = []
+    for checkpointing in (False, True):
+        model, clip = small(name)
+        model.checkpointing = checkpointing
+        with torch.backends.mkldnn.flags(enabled=False):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = F.cross_entropy(model(clip).float(), torch.tensor([0, 4]))
+            loss.backward()
+        trained = [each.grad for each in model.parameters() if each.requires_grad]
+        results.append([*trained, *model.buffers()])
+    for plain, again in zip(*results, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_export(name):
     model, clip = small(name)
     model = model.eval()
@@ -107,18 +155,63 @@ def test_export(name):
         torch.testing.assert_close(exported(clip), model(clip), rtol=1e-5, atol=1e-6)
 
 
+def test_export_of_any_size():
+    model, clip = small("c2d_tiny")
+    model.eval().checkpointing = True  # of which inference knows nothing
+    sizes = dict.fromkeys((0, 2, 3, 4), torch.export.Dim.AUTO)
+    exported = torch.export.export(model, (clip,), dynamic_shapes=(sizes,)).module()
+    for shape in ((2, 3, 4, 32, 40), (3, 3, 6, 48, 36)):
+        clip = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(exported(clip), model(clip), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("name", SOME)
-def test_compile_trains(name):
+def test_compile_trains(name, checkpointing):
     """What Dynamo and autograd's tracing make of a step, in one graph."""
-    model, clip = small(name)
+    torch._dynamo.reset()
     results = []
-    for step in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
-        model.zero_grad()
+    for compiled in (False, True):
+        model, clip = small(name)
+        model.checkpointing = checkpointing
+        step = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         F.cross_entropy(step(clip), torch.tensor([0, 4])).backward()
-        results.append([each.grad for each in model.parameters() if each.requires_grad])
+        gradients = [each.grad for each in model.parameters() if each.requires_grad]
+        results.append([*gradients, *model.buffers()])
     for plain, traced in zip(*results, strict=True):
         atol = 1e-4 * max(plain.abs().max().item(), 1e-3)
         torch.testing.assert_close(traced, plain, rtol=1e-3, atol=atol)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bfloat16"])
+def test_compiled_checkpointing_changes_nothing(mixed):
+    """In compiled code the same numbers, statistics among them, whether they are kept or not."""
+    torch._dynamo.reset()
+    results = []
+    for checkpointing in (False, True):
+        model, clip = small("c2d_tiny")
+        model.checkpointing = checkpointing
+        step = torch.compile(model, backend="aot_eager", fullgraph=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+            loss = F.cross_entropy(step(clip).float(), torch.tensor([0, 4]))
+        loss.backward()
+        results.append([*(each.grad for each in model.parameters()), *model.buffers()])
+    for kept, again in zip(*results, strict=True):
+        torch.testing.assert_close(again, kept, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_compile_takes_clips_of_other_sizes(name):
+    """For inference, in one graph of sizes that are not known."""
+    torch._dynamo.reset()
+    model, clip = small(name)
+    model.eval()
+    compiled = torch.compile(model, backend="eager", dynamic=True, fullgraph=True)
+    larger = torch.randn(3, clip.shape[1], *(size + 8 for size in clip.shape[2:]))
+    for each in (clip, larger):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(each), model(each), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [each for each in EVERY if each.values[0] != "c2d_tiny"])

@@ -8,6 +8,7 @@ import torch
 
 from nlkernels.models import create_model, list_models, register_model
 
+GROUPED = {"temporal_group": 4}
 # One of each builder.
 NAMES = ["c2d_r50_8x8", "c2d_tiny", "i3d_r50_8x8", "hassony2_i3d_rgb", "tsm_r50"]
 SETTINGS = ("8x8", "32x2", "32x4", "32x4_ungrouped", "128x1", "128x1_ungrouped")
@@ -21,6 +22,7 @@ PUBLISHED = {
     "c2d_tiny",
     "tushar_i3d_r50_32x2",
     "slowfast_c2d_r50_8x8",
+    "slowfast_c2d_r101_8x8",
     "slowfast_c2d_nopool_r50_8x8",
     "slowfast_i3d_r50_8x8",
     "slowfast_i3d_r101_8x8",
@@ -34,7 +36,7 @@ PUBLISHED = {
     "mmaction_c2d_nopool_r50_8x8",
     "mmaction_c2d_nopool_r101_8x8",
     "mmaction_i3d_r50_32x2",
-    "mmaction_i3d_heavy_r50_8x8",
+    "mmaction_i3d_heavy_r50_32x2",
     "mmaction_slowonly_r50_4x16",
     "mmaction_slowonly_r50_8x8",
     "mmaction_tsm_r50",
@@ -67,6 +69,69 @@ def test_list_models_filters():
         list_models(system="cafe2")
     with pytest.raises(ValueError, match="expected family to be one of c2d, i3d"):
         list_models(family="slowfast")
+
+
+def test_names_say_the_setting():
+    assert not [name for name in list_models("*_8x8") if "heavy" in name]
+
+
+def blocks_of(name, **options):
+    """(layer, index), kind and frames of a group of each block of a network."""
+    with torch.device("meta"):
+        model = create_model(name, num_classes=2, width=0.125, blocks=5, **options)
+    return [
+        ((layer, index), unit.nl.kind, unit.nl.temporal_group)
+        for layer in (1, 2, 3, 4)
+        for index, unit in enumerate(model.get_submodule(f"layer{layer}"))
+        if unit.nl is not None
+    ]
+
+
+KIND_OF = {
+    "c2d_r50_8x8": "softmax",
+    "slowfast_i3d_r101_8x8": "softmax",
+    "slowfast_slow_r50_4x16": "dot_product",
+    "slowfast_slow_r50_8x8": "dot_product",
+    "mmaction_slowonly_r50_8x8": "softmax",
+    "mindspore_i3d_r50_32": "dot_product",
+    "rnl_tsm_r50": "region_softmax",
+}
+
+
+@pytest.mark.parametrize("name", KIND_OF)
+def test_blocks_have_the_kind_of_the_published_network(name):
+    assert {kind for _, kind, _ in blocks_of(name)} == {KIND_OF[name]}
+
+
+def test_the_kind_that_one_asks_for_wins():
+    for block in ({"kind": "softmax"}, {"preset": "slowfast"}):
+        assert {kind for _, kind, _ in blocks_of("slowfast_slow_r50_8x8", block=block)} == {
+            "softmax"
+        }
+
+
+PLACES = {
+    "i3d_r101_8x8": (6, 13, 20),
+    "slowfast_c2d_r101_8x8": (1, 3, 5),
+    "slowfast_c2d_r50_8x8": (1, 3, 5),
+    "slowfast_slow_r50_8x8": (1, 3, 5),
+    "c2d_r50_8x8": (6, 13, 20),
+    "tsm_r101": (0, 2, 4),
+    "mmaction_slowonly_r50_8x8": (0, 2, 4),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_where_blocks_go_in_a_deep_network(name):
+    """Named for its depth or brought to it by the option."""
+    found = [place for place, _, _ in blocks_of(name, depth=101)]
+    assert [index for layer, index in found if layer == 3] == list(PLACES[name])
+
+
+def test_texts_name_layers_too():
+    """As JSON leaves them behind."""
+    groups = [group for _, _, group in blocks_of("c2d_r50_8x8", layer_block={"2": GROUPED})]
+    assert groups == [4, 4, None, None, None]
 
 
 def test_register_model_refuses_a_name_twice():
@@ -136,6 +201,34 @@ MISTAKES = {
     "design-stride": ("i3d_r50_8x8", {"stem_stride_t": 0}, ValueError, r"positive int, got 0"),
     "design-eps": ("i3d_r50_8x8", {"norm_eps": 0.0}, ValueError, r"norm_eps > 0, got 0\.0"),
     "design-inflated": ("i3d_r50_8x8", {"inflated": ((1,),)}, ValueError, r"be four patterns"),
+    "layer-block": ("c2d_r50_8x8", {"layer_block": 4}, TypeError, r"options by layer, got 4; pass"),
+    "layer-block-options": (
+        "c2d_r50_8x8",
+        {"layer_block": {2: 4}},
+        TypeError,
+        r"options by layer, got {2: 4}; pass for example {2: {'temporal_group': 4}}",
+    ),
+    "layer-block-option": (
+        "c2d_r50_8x8",
+        {"layer_block": {2: {"temporal_grup": 4}}},
+        TypeError,
+        r"in layer_block\[2\], got 'temporal_grup'; did you mean 'temporal_group'\?",
+    ),
+    **{
+        f"layer-block-{layer}": (
+            "c2d_r50_8x8",
+            {"layer_block": {layer: GROUPED}},
+            ValueError,
+            rf"layers of layer_block to be 1 to 4, got {layer!r}; the original's res3 is layer 2",
+        )
+        for layer in (0, 5, "res3", True)
+    },
+    "layer-block-twice": (
+        "c2d_r50_8x8",
+        {"layer_block": {2: GROUPED, "2": GROUPED}},
+        ValueError,
+        r"layers of layer_block to be 1 to 4, got '2'",
+    ),
     "design-head": ("i3d_r50_8x8", {"head": "mean"}, ValueError, r"head to be one of 'global'"),
     "padding-inception": (
         "hassony2_i3d_rgb",
