@@ -131,14 +131,13 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> dict[str, A
     return content | {"config": json.loads(content["config"])}
 
 
-def newest(path: str | Path, *, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+def newest(path: str | Path) -> dict[str, Any] | None:
     """The checkpoint with most steps among ``path`` and the older ones beside it.
 
     Files that are damaged are passed over with a warning: any older one is better than none.
 
     Args:
         path: The file that ``save`` writes.
-        device: Where the tensors go.
 
     Returns:
         What ``load`` returns; None if there is no checkpoint.
@@ -154,7 +153,7 @@ def newest(path: str | Path, *, device: torch.device | str = "cpu") -> dict[str,
         if not candidate.is_file():
             continue
         try:
-            found = load(candidate, device=device)
+            found = load(candidate)
         except ValueError as error:
             problem = error
             warnings.warn(f"{error}; an older one is looked for", UserWarning, stacklevel=2)

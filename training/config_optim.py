@@ -86,7 +86,7 @@ class OptimConfig:
     freeze: tuple[str, ...] = ()
     """Patterns of names of parameters that are not trained, such as ``'layer1.*'``."""
     only_nonlocal: bool = False
-    """Train blocks and classifier alone."""
+    """Train blocks, their gates and the classifier alone."""
     ft_begin_index: int | None = None
     """Freeze as inception_nl's flag of this name does: layers of a smaller number, the factors of
     most norms, and most branches of mixed layers; unset does nothing."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 # Apart from each other in the seeds that people choose; the first process keeps the run's own.
@@ -96,7 +97,11 @@ def joined(device: str) -> Iterator[Processes]:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if gpus and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    # Processes that are started again may find the addresses of the dead ones in torchrun's store.
+    store, _, _ = next(rendezvous("env://", rank, count))
+    store = distributed.PrefixStore(f"start-{restarts}", store)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
     try:

@@ -80,9 +80,9 @@ def total_steps(config: Config, clips: int) -> int:
 
 
 def resumed_content(
-    config: Config, path: Path, *, device: torch.device, processes: Processes = ALONE
+    config: Config, path: Path, processes: Processes = ALONE
 ) -> dict[str, Any] | None:
-    """The checkpoint that a training continues from, if any.
+    """The checkpoint that a training continues from, if any; its tensors are on the CPU.
 
     ``run.resume`` is a file, or ``auto``. Processes that torchrun has started again after a failure
     look for the newest checkpoint of their run by themselves. What an earlier run left in the
@@ -91,7 +91,6 @@ def resumed_content(
     Args:
         config: ``run.resume``.
         path: Where this training saves.
-        device: Where the tensors go.
         processes: All of them call this.
 
     Returns:
@@ -104,9 +103,9 @@ def resumed_content(
     resume = config.run.resume
     continues = resume == "auto" or processes.restarts > 0
     named = resume not in (None, "auto")
-    content = checkpoint.newest(path, device=device) if continues else None
+    content = checkpoint.newest(path) if continues else None
     if content is None and named:
-        content = checkpoint.load(resume, device=device)
+        content = checkpoint.load(resume)
     if processes.first:
         checkpoint.remove_leftovers(path)
         if not continues:

@@ -90,6 +90,8 @@ class Session:
     def resume(self, content: Mapping[str, Any]) -> None:
         """Continue from a checkpoint: everything is as it was when it was saved.
 
+        Options of the optimiser are the configuration's, should they have changed.
+
         Args:
             content: What ``checkpoint.load`` returned.
 
@@ -97,16 +99,24 @@ class Session:
             ValueError: It belongs to another network, or to another optimiser.
         """
         updater = self._updater
+        options = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in updater.optimiser.param_groups
+        ]
         try:
             updater.model.load_state_dict(content["model"])
             updater.optimiser.load_state_dict(content["optimiser"])
             if self._average is not None and content["average"] is not None:
                 self._average.load_state_dict(content["average"])
+            elif self._average is not None:
+                self._average.module.load_state_dict(content["model"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(
                 "run: expected in run.resume a checkpoint of this network, got another "
                 f"({str(error).splitlines()[0]}); use the model and optim sections of its config"
             ) from error
+        for group, own in zip(updater.optimiser.param_groups, options, strict=True):
+            group.update(own)
         self.step = content["step"]
         self.losses = list(content["losses"])
         if content["schedule"] is not None:

@@ -43,7 +43,7 @@ def _train(config: Config, command: str, processes: Processes) -> Path:
     begun = time.perf_counter()
     out, device = prepare(config, processes)
     seed = config.run.seed
-    resumed = resumed_content(config, out / "model.pt", device=device, processes=processes)
+    resumed = resumed_content(config, out / "model.pt", processes)
     with processes.first_alone():
         data = load_data(config, seed=seed)
     print("\n".join(reports.data_lines(data)))

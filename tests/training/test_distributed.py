@@ -37,18 +37,25 @@ def torchrun(argv, *, count=2, restarts=0, module=("-m", "nlkernels.cli"), envir
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    return subprocess.run(
+    process = subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"),
             *(f"--master-port={port}", f"--max-restarts={restarts}", *module, "train", *argv),
         ],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
-        check=False,
     )
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        # It ends its processes, which a kill would leave behind.
+        process.terminate()
+        process.communicate(timeout=60)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def difference(one, other):
@@ -101,28 +108,41 @@ def test_two_processes_are_as_one(generated, tmp_path, both, reference):
 
 
 DRIVER = """
-import os, sys
+import os, signal, sys
 from nlkernels.cli import main
 from nlkernels.training import session
 
 behind = session.Session._behind
 
-def lost(self, record, stop):
+def hit(self, record, stop):
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and record.step == 5:
         if os.environ["RANK"] == "1":
-            os._exit(9)
+            {event}
     behind(self, record, stop)
 
 if __name__ == "__main__":
-    session.Session._behind = lost
+    session.Session._behind = hit
     sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.mark.gate
+def test_a_signal_to_one_process_stops_all_behind_the_same_step(generated, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER.format(event="os.kill(os.getpid(), signal.SIGTERM)"))
+    argv = ["smoke", f"data.root={generated}", *FILES, "optim.steps=1000", f"run.out={tmp_path}"]
+    environment = {"PYTHONPATH": str(ROOT)}
+    result = torchrun(argv, module=(str(driver),), environment=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("stopped and saved at step 6 of 1000") == 1
+    assert len(checkpoint.load(tmp_path / "model.pt")["rng"]) == 2
+    assert not left_over(driver)
+
+
+@pytest.mark.gate
 def test_a_lost_process_is_restarted_and_resumes_by_itself(generated, tmp_path):
     driver = tmp_path / "driver.py"
-    driver.write_text(DRIVER)
+    driver.write_text(DRIVER.format(event="os._exit(9)"))
     argv = ["smoke", f"data.root={generated}", *FILES, "optim.steps=8", "optim.norms=frozen"]
     argv += ["run.checkpoint_every=2", "run.log_every=1"]
     result = torchrun(

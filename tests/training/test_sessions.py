@@ -142,6 +142,18 @@ def test_another_order_of_clips_is_told(generated, tmp_path, capsys):
     assert "in another order than before the break (batch 8 -> 4)" in capsys.readouterr().err
 
 
+def test_changed_options_hold_in_a_resumed_run(generated, tmp_path):
+    argv = ["train", "smoke", f"data.root={generated}", *FILES]
+    assert main([*argv, f"run.out={tmp_path / 'one'}", "optim.steps=2"]) == 0
+    argv += [f"run.resume={tmp_path / 'one' / 'model.pt'}", f"run.out={tmp_path / 'two'}"]
+    assert main([*argv, "optim.weight_decay=0.25", "optim.momentum=0.5", "optim.ema=0.9"]) == 0
+    content = checkpoint.load(tmp_path / "two" / "model.pt")
+    groups = content["optimiser"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.25, 0]
+    assert {group["momentum"] for group in groups} == {0.5}
+    assert content["average"]["n_averaged"] == 2
+
+
 def test_epochs_are_a_unit_of_checkpoints_and_tests(generated, tmp_path):
     argv = ["train", "smoke", f"data.root={generated}", *FILES, f"run.out={tmp_path}"]
     argv += ["optim.epochs=4", "optim.steps=null", "optim.batch=8", "run.unit=epoch"]
