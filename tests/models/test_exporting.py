@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from nlkernels import cli
 from nlkernels.models import create_model
 from nlkernels.models.convert import export_foreign, load_foreign
 from nlkernels.modules import ChannelGate
@@ -262,3 +263,9 @@ def test_some_statistics_alone_are_a_loss():
     del blobs["res2_0_branch2a_bn_rm"]
     with pytest.raises(ValueError, match=r"missing \(1\): res2_0_branch2a_bn_rm"):
         load_foreign(create_model("c2d_r50_8x8", **SMALL, blocks=5), blobs, new=("statistics",))
+
+
+def test_nlk_convert_says_what_may_start_fresh(capsys):
+    assert cli.main(["convert", "a.pkl", "b.safetensors", "--new", "statistic"]) == 2
+    expected = "expected --new to be one of blocks, classifier, statistics, got 'statistic'"
+    assert f"{expected}; did you mean 'statistics'?" in capsys.readouterr().err
