@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", metavar="section.key=value", help="replaces the file's value"
         )
         command.add_argument("--debug", action="store_true", help="show tracebacks")
+    _add_prepare(commands)
     _add_convert(commands)
     text = "list networks: parameters, multiply-adds, clips, published accuracy, source, licence"
     models = commands.add_parser("models", help=text, description=text)
@@ -83,6 +84,27 @@ def _add_verify(commands) -> None:
     verify.add_argument("--value-depth", type=int, metavar="V", help="channels of value, D if not")
     verify.add_argument("--json", action="store_true", help="print the report as JSON")
     verify.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def _add_prepare(commands) -> None:
+    text = "make lists of a folder of videos; extract frames and flow"
+    prepare = commands.add_parser("prepare", help=text, description=text)
+    prepare.add_argument("folder", help="train/CLASS/* and test/CLASS/*, or CLASS/*")
+    prepare.add_argument("out", help="folder to write")
+    prepare.add_argument("--frames", action="store_true", help="extract every frame as an image")
+    prepare.add_argument("--flow", action="store_true", help="extract TV-L1 flow; needs OpenCV")
+    prepare.add_argument("--short-side", type=int, metavar="PIXELS", help="of extracted images")
+    prepare.add_argument(
+        "--test-share",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="of each class, where the folder does not say (default: 0.2)",
+    )
+    prepare.add_argument(
+        "--reader", default="auto", choices=("auto", "decord", "av"), help="decoder of the videos"
+    )
+    prepare.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
 def _add_convert(commands) -> None:
@@ -142,6 +164,30 @@ def _compare(arguments: argparse.Namespace, command: str) -> int:
 
     config = load_config(arguments.config, arguments.overrides, command=arguments.command)
     print(f"report: {compare_from_config(config, command=command)}")
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace, command: str) -> int:
+    _require_extras()
+    from nlkernels.training.data.prepare import prepare
+
+    made = prepare(
+        arguments.folder,
+        arguments.out,
+        test_share=arguments.test_share,
+        frames=arguments.frames,
+        flow=arguments.flow,
+        short_side=arguments.short_side,
+        reader=arguments.reader,
+    )
+    print(
+        f"{made.out}: {made.train} training and {made.test} test videos of "
+        f"{len(made.classes)} classes"
+    )
+    for path in made.lists:
+        print(f"  {path}")
+    for path, reason in made.problems:
+        print(f"  left out: {path}: {reason}")
     return 0
 
 
@@ -227,6 +273,7 @@ def _verify(arguments: argparse.Namespace, command: str) -> int:
 
 _COMMANDS = {
     "train": _train,
+    "prepare": _prepare,
     "compare": _compare,
     "convert": _convert,
     "models": _models,

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from nlkernels import cli
 from nlkernels.training.data.flow import flow_images, grey, to_levels, tv_l1
 from nlkernels.training.data.frame_folders import FrameFolder, Naming
 from nlkernels.training.data.lists import read_text_list
@@ -48,6 +49,19 @@ def test_lists_of_videos(videos, tmp_path):
     assert (tmp_path / "out" / "classes.txt").read_text() == "clap\nwave\n"
     assert "4.mp4\t" in (tmp_path / "out" / "problems.txt").read_text()
     assert all(path.is_file() for path in made.lists)
+
+
+def test_command_line(videos, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["prepare", str(videos), str(out), "--test-share", "0.4", "--frames"]
+    assert cli.main([*argv, "--short-side", "16"]) == 0
+    said = capsys.readouterr().out
+    assert f"{out}: 4 training and 2 test videos of 2 classes" in said
+    assert "left out" in said and "4.mp4" in said
+    for name in ("train.txt", "test.csv", "classes.txt", "train_frames.txt"):
+        assert (out / name).is_file() and str(out / name) in said
+    assert cli.main(["prepare", str(tmp_path / "none"), str(out)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_frames_and_flow(videos, tmp_path):
