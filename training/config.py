@@ -35,6 +35,9 @@ class ModelConfig:
     """Options of every block, as ``NonLocalBlock3d`` takes them."""
     dropout: float | None = None
     """Dropout probability before the classifier; unset takes the model's own."""
+    weights: str | None = None
+    """Checkpoint that ``nlk train`` starts from, of a published system or of ours: what it lacks of
+    blocks and classifier starts fresh; unset draws all weights."""
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,11 @@ def needed_mib(peak: PeakMemory) -> float:
     return peak.live_mib if peak.device_mib is None else peak.device_mib
 
 
+def input_channels(model: nn.Module) -> int:
+    """Channels of a frame: 3 of colours, unless the network is one of optical flow."""
+    return getattr(getattr(model, "design", None), "in_channels", 3)
+
+
 def measure(
     models: Mapping[str, nn.Module],
     profile: ProfileConfig,
@@ -153,7 +158,8 @@ def measure(
         Name -> cost.
     """
     generator = torch.Generator().manual_seed(0)
-    shape = (profile.batch, 3, profile.frames, profile.size, profile.size)
+    channels = input_channels(next(iter(models.values())))
+    shape = (profile.batch, channels, profile.frames, profile.size, profile.size)
     clips = torch.randn(shape, generator=generator).to(device)
     labels = torch.randint(num_classes, (profile.batch,), generator=generator).to(device)
     # A measured batch may have fewer clips than a step has parts.
@@ -259,7 +265,8 @@ def attention_sizes(model: nn.Module, *, frames: int, size: int) -> list[dict[st
     ]
     training = model.training
     model.eval()
-    clip = torch.zeros(1, 3, frames, size, size, device=next(model.parameters()).device)
+    shape = (1, input_channels(model), frames, size, size)
+    clip = torch.zeros(shape, device=next(model.parameters()).device)
     try:
         with torch.no_grad():
             model(clip)

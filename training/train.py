@@ -13,6 +13,7 @@ from .evaluate import mean_colour_accuracy
 from .loading import Data, load_data, test_batches, training_batches
 from .measure import attention_sizes, count_parameters
 from .runs import prepare, resumed_content, total_steps, train_and_test
+from .starting import start_from
 from .stopping import Stopped, StopSignals
 from .variants import build_model
 
@@ -48,6 +49,8 @@ def _train(config: Config, command: str, processes: Processes) -> Path:
         data = load_data(config, seed=seed)
     print("\n".join(reports.data_lines(data)))
     model = build_model(config.model, len(data.classes), seed=seed).to(device)
+    if config.model.weights is not None and resumed is None:
+        print(start_from(model, config.model.weights))
     parameters = count_parameters(model)
     sizes = attention_sizes(model, frames=config.data.frames, size=config.data.size)
     print(f"{config.model.name}: {parameters:,} parameters, {reports.attention_line(sizes)}")

@@ -10,6 +10,7 @@ from nlkernels.training.measure import (
     count_flops,
     count_multiply_adds,
     count_parameters,
+    input_channels,
     measure,
     overhead,
 )
@@ -161,3 +162,13 @@ def test_measuring_leaves_no_gradients_and_moves_no_weight():
     for parameter, old in zip(models["none"].parameters(), before, strict=True):
         assert parameter.grad is None
         assert torch.equal(parameter, old)
+
+
+def test_networks_of_flow_are_measured():
+    config = ModelConfig("inception_nl_flow", width=0.125, blocks=2)
+    model = build_variant("fast", config, 2, seed=0)
+    assert input_channels(model) == 2
+    assert [one["n"] for one in attention_sizes(model, frames=4, size=32)] == [2 * 4 * 4, 2 * 2]
+    profile = ProfileConfig(batch=2, frames=4, size=32, rounds=1)
+    costs = measure({"fast": model}, profile, OptimConfig(steps=1), num_classes=2, device=CPU)
+    assert costs["fast"].parameters == count_parameters(model)
