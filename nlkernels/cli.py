@@ -1,4 +1,4 @@
-"""Command line: ``nlk train | compare | convert | models | verify | info``.
+"""Command line: ``nlk COMMAND ...``; the commands and their arguments are in ``_commands``.
 
 Mistakes of the user end in one line on standard error and exit code 2, everything else that breaks
 a run off in one line and exit code 1; ``--debug`` shows the traceback of either. Heavy packages are
@@ -14,7 +14,8 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
+
+from nlkernels._commands import parser
 
 _NEEDED_BY_EXTRA = {"train": ("yaml", "matplotlib"), "video": ("decord", "av")}
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0, 1 for a run that broke off, 2 for a mistake of the user.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -44,109 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if _is_mistake_of_the_user(error) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nlk", description="Train and compare video networks with non-local blocks."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    names = ", ".join(sorted(path.stem for path in _config_folder().glob("*.yaml")))
-    for name, text in (
-        ("train", "train and test one network"),
-        ("compare", "train and measure the same network with and without blocks"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("config", help=f"YAML file, or one of: {names}")
-        command.add_argument(
-            "overrides", nargs="*", metavar="section.key=value", help="replaces the file's value"
-        )
-        command.add_argument("--debug", action="store_true", help="show tracebacks")
-    _add_prepare(commands)
-    _add_convert(commands)
-    text = "list networks: parameters, multiply-adds, clips, published accuracy, source, licence"
-    models = commands.add_parser("models", help=text, description=text)
-    models.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="such as 'i3d*'")
-    models.add_argument("--debug", action="store_true", help="show tracebacks")
-    _add_verify(commands)
-    text = "show versions, devices, backends and settings"
-    info = commands.add_parser("info", help=text, description=text)
-    info.add_argument("--debug", action="store_true", help="show tracebacks")
-    return parser
-
-
-def _add_verify(commands) -> None:
-    text = "check on this machine that the kernels are right, and use those that are"
-    verify = commands.add_parser("verify", help=text, description=text)
-    verify.add_argument("--op", help="operation, such as softmax; all when left out")
-    verify.add_argument("--backend", default="triton", help="backend to check (default: triton)")
-    verify.add_argument("--device", help="cuda, cuda:1, cpu; the GPU when left out")
-    verify.add_argument("--dtype", help="float16, bfloat16 or float32; all when left out")
-    verify.add_argument("--depth", type=int, metavar="D", help="channels of query and key")
-    verify.add_argument("--value-depth", type=int, metavar="V", help="channels of value, D if not")
-    verify.add_argument("--json", action="store_true", help="print the report as JSON")
-    verify.add_argument("--debug", action="store_true", help="show tracebacks")
-
-
-def _add_prepare(commands) -> None:
-    text = "make lists of a folder of videos; extract frames and flow"
-    prepare = commands.add_parser("prepare", help=text, description=text)
-    prepare.add_argument("folder", help="train/CLASS/* and test/CLASS/*, or CLASS/*")
-    prepare.add_argument("out", help="folder to write")
-    prepare.add_argument("--frames", action="store_true", help="extract every frame as an image")
-    prepare.add_argument("--flow", action="store_true", help="extract TV-L1 flow; needs OpenCV")
-    prepare.add_argument("--short-side", type=int, metavar="PIXELS", help="of extracted images")
-    prepare.add_argument(
-        "--test-share",
-        type=float,
-        default=0.2,
-        metavar="SHARE",
-        help="of each class, where the folder does not say (default: 0.2)",
-    )
-    prepare.add_argument(
-        "--reader", default="auto", choices=("auto", "decord", "av"), help="decoder of the videos"
-    )
-    prepare.add_argument("--debug", action="store_true", help="show tracebacks")
-
-
-def _add_convert(commands) -> None:
-    text = "read a checkpoint of any system and write it for ours, or for another system"
-    convert = commands.add_parser("convert", help=text, description=text)
-    convert.add_argument("source", metavar="SRC", help="checkpoint; nothing in it is executed")
-    convert.add_argument("target", metavar="DST", help="file to write, when all keys fit")
-    convert.add_argument(
-        "--from", dest="system", default="auto", help="system, not its file's name"
-    )
-    convert.add_argument("--to", metavar="SYSTEM", help="system to write for (default: ours)")
-    convert.add_argument("--model", metavar="NAME", help="network, where several fit the weights")
-    convert.add_argument(
-        "--new",
-        action="append",
-        default=[],
-        metavar="WHAT",
-        help="starts fresh where the checkpoint has none: blocks, classifier or statistics",
-    )
-    convert.add_argument("--inflate", action="store_true", help="repeat 2-D convolutions over time")
-    convert.add_argument("--entry", help="which weights of a file with several, as state_dict_ema")
-    convert.add_argument(
-        "--rewrite",
-        choices=("affine", "batch", "finetune"),
-        help="fold, unfold or strip blobs first",
-    )
-    convert.add_argument(
-        "--classes",
-        nargs=2,
-        metavar=("THEIRS", "OURS"),
-        help="files with names of classes: take these, in this order (.json, .csv or lines)",
-    )
-    convert.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="of the model, such as block.kind=concat",
-    )
-    convert.add_argument("--debug", action="store_true", help="show tracebacks")
-
-
 def _train(arguments: argparse.Namespace, command: str) -> int:
     _require_extras()
     from nlkernels.training.config_file import load_config
@@ -154,6 +52,51 @@ def _train(arguments: argparse.Namespace, command: str) -> int:
 
     config = load_config(arguments.config, arguments.overrides, command=arguments.command)
     print(f"report: {train_from_config(config, command=command)}")
+    return 0
+
+
+def _test(arguments: argparse.Namespace, command: str) -> int:
+    tests = arguments.weights is not None
+    if tests == (arguments.scores is not None) or tests == (arguments.config is None):
+        raise ValueError(
+            "test: expected CONFIG --weights FILE ..., or --scores FILE ... and no CONFIG, got "
+            f"{command!r}; write section.key=value in front of the options"
+        )
+    _require_extras()
+    from nlkernels.training.config_file import load_config
+    from nlkernels.training.testing import run_combination, run_test
+
+    if tests:
+        config = load_config(arguments.config, arguments.overrides, command=arguments.command)
+        run_test(config, arguments.weights, average=arguments.average, dump=arguments.dump)
+        return 0
+    if arguments.average is not None:
+        raise ValueError(
+            "test: expected no --average beside --scores, which have been averaged, got "
+            f"{arguments.average}; leave it out"
+        )
+    run_combination(arguments.scores, dump=arguments.dump)
+    return 0
+
+
+def _predict(arguments: argparse.Namespace, command: str) -> int:
+    _require_extras()
+    from nlkernels.training.predict import parse_point, predict, spoken
+
+    prediction = predict(
+        arguments.video,
+        arguments.weights,
+        overrides=arguments.overrides,
+        classes=arguments.classes,
+        top=arguments.top,
+        average=arguments.average,
+        attention=arguments.attention,
+        at=[parse_point(text) for text in arguments.at],
+        blocks=arguments.block,
+        clip=arguments.clip,
+        device=arguments.device,
+    )
+    print("\n".join([arguments.video, *spoken(prediction)]))
     return 0
 
 
@@ -273,6 +216,8 @@ def _verify(arguments: argparse.Namespace, command: str) -> int:
 
 _COMMANDS = {
     "train": _train,
+    "test": _test,
+    "predict": _predict,
     "prepare": _prepare,
     "compare": _compare,
     "convert": _convert,
@@ -280,14 +225,6 @@ _COMMANDS = {
     "verify": _verify,
     "info": _info,
 }
-
-
-def _config_folder() -> Path:
-    import nlkernels
-
-    # Found without importing nlkernels.training, whose dependencies may be missing.
-    folders = [Path(folder, "training", "configs") for folder in nlkernels.__path__]
-    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def _require_extras() -> None:

@@ -30,7 +30,11 @@ _IGNORED_WHEN = (
 )
 
 # Keys, or beginnings of keys, that a command does not look at.
-_IGNORED_BY = {"train": ("compare",), "compare": ("run.seed", "run.colour_check")}
+_IGNORED_BY = {
+    "train": ("compare",),
+    "compare": ("run.seed", "run.colour_check", "model.weights"),
+    "test": ("model", "compare", "run.colour_check", "run.resume", "run.test_every"),
+}
 
 
 class ConfigWarning(UserWarning):
@@ -41,7 +45,7 @@ def load_config(
     source: str | Path,
     overrides: Sequence[str] = (),
     *,
-    command: Literal["train", "compare"] | None = None,
+    command: Literal["train", "compare", "test"] | None = None,
 ) -> Config:
     """Read a YAML file, apply overrides, check everything.
 

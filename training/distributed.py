@@ -119,8 +119,8 @@ def require_one_process() -> None:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count > 1 and not distributed.is_initialized():
         raise ValueError(
-            f"run: expected one process, got {count} from torchrun; only nlk train shares its work "
-            "among several"
+            f"run: expected one process, got {count} from torchrun; only nlk train and nlk test "
+            "share their work among several"
         )
 
 

@@ -180,6 +180,11 @@ class ClipDataset(Dataset[tuple[Tensor, int]]):
         return int(np.searchsorted(self._ends, index, side="right"))
 
     @property
+    def videos(self) -> tuple[Video, ...]:
+        """The videos, by the numbers of `video_of`."""
+        return tuple(self._videos)
+
+    @property
     def num_videos(self) -> int:
         """Number of videos."""
         return len(self._videos)
