@@ -21,8 +21,8 @@ from .data.views import View
 # Columns of a sheet, and pixels of the longer side of a panel.
 COLUMNS = 8
 _PANEL = 208
-# Pixels of an animation's width, and of the longer side of its panels.
-_GIF_WIDTH, _GIF_PANEL = 1200, (112, 320)
+# Pixels of an animation's width, and of the longer side of its panels; most evenly chosen frames.
+_GIF_WIDTH, _GIF_PANEL, _GIF_FRAMES = 1200, (112, 320), 16
 _GAP, _MARGIN, _LABEL = 4, 10, 176
 _TEXT, _LINE = 13, 18
 # Of the marked pixel and the ring around it; in other frames of an animation.
@@ -167,8 +167,16 @@ class Drawing:
             top += section + _MARGIN
         return sheet
 
+    @property
+    def step(self) -> int:
+        """Frames of the clip from one picture of the animation to the next."""
+        return -(-len(self._frames) // _GIF_FRAMES)
+
     def animation(self) -> list[Image.Image]:
-        """A picture for every frame: a row for each point, a column for each block."""
+        """A picture for every frame: a row for each point, a column for each block.
+
+        Of a clip of more than 16 frames, every second, third, ... one, and those of the points.
+        """
         blocks = len(self._rows[0])
         longer = min(max(_GIF_WIDTH // blocks, _GIF_PANEL[0]), _GIF_PANEL[1])
         width, height = self._panel(longer)
@@ -177,10 +185,11 @@ class Drawing:
             2 * _LINE + len(self._points) * (height + _GAP) - _GAP,
         )
         pictures = []
-        for number, label in enumerate(self._labels):
+        chosen = {*range(0, len(self._frames), self.step), *(point.t for point in self._points)}
+        for number in sorted(chosen):
             picture, marks = Image.new("RGB", size, "white"), []
             draw = ImageDraw.Draw(picture)
-            draw.text((2, 1), f"frame {label}", "black", self._font)
+            draw.text((2, 1), f"frame {self._labels[number]}", "black", self._font)
             for line, (point, rows) in enumerate(zip(self._points, self._rows, strict=True)):
                 for column, row in enumerate(rows):
                     x, y = column * (width + _GAP), 2 * _LINE + line * (height + _GAP)
@@ -278,7 +287,7 @@ def save(drawing: Drawing, path: str | Path, *, frame_ms: float) -> tuple[Path, 
         drawing: What to draw.
         path: ``NAME.png`` and ``NAME.gif`` for ``NAME``, with or without one of these endings.
         frame_ms: Time between two frames of the clip. The animation takes as long, but at least
-            100 ms and at most 500 ms for a frame.
+            100 ms and at most 500 ms for a picture.
 
     Returns:
         The PNG and the GIF file.
@@ -286,7 +295,7 @@ def save(drawing: Drawing, path: str | Path, *, frame_ms: float) -> tuple[Path, 
     png, gif = files_of(path)
     drawing.sheet().save(png)
     first, *rest = drawing.animation()
-    duration = min(max(100, round(frame_ms)), 500)
+    duration = min(max(100, round(frame_ms * drawing.step)), 500)
     first.save(gif, save_all=True, append_images=rest, duration=duration, loop=0)
     return png, gif
 

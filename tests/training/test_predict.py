@@ -197,6 +197,17 @@ def test_colours_are_where_the_attention_is():
     assert overlay.span(1, 2, 4) == (2, 3)
 
 
+def test_long_clips_are_thinned_out_but_for_the_points():
+    frames = np.zeros((40, 16, 16, 3), np.uint8)
+    row = Row("nl", 0, (0, 0, 0), (2, 2, 2), torch.full((2, 2, 2), 1 / 8))
+    window = Window(16, 16, View((16, 16), 0, 0, 16, 16))
+    labels = [str(number) for number in range(40)]
+    drawing = Drawing(frames, window, [Point(10, 3, 4, "")], [row], title="", labels=labels)
+    assert drawing.step == 3
+    assert len(drawing.animation()) == 14 + 1
+    assert overlay.spread(40, 8, 10)[2] == 10
+
+
 def test_window_of_a_frame():
     # 256 x 340 stays as it is, the window is the middle.
     window = Window(256, 340, View((128, 170), 0, 21, 128, 128))
