@@ -320,6 +320,7 @@ def test_affine_networks_with_idle_factors_behind_blocks():
     close(run(idle)[1]["res3"], run(plain)[1]["res3"])
 
 
+@pytest.mark.gate
 def test_folders_whose_files_have_other_names(tmp_path):
     """Cases are taken by what they hold; what a folder has none of is skipped, and why is said."""
     for stem, name in (("c2_bn_to_affine", "folding"), ("tsm_r50", "network")):

@@ -31,6 +31,11 @@ NETWORKS = {
 }
 
 
+def few(cases, but):
+    """Cases of which some try all networks of a large system: half a minute, so they are gates."""
+    return [pytest.param(each, marks=pytest.mark.gate if each in but else ()) for each in cases]
+
+
 def network(system):
     name, blocks, _ = NETWORKS[system]
     torch.manual_seed(3)
@@ -103,7 +108,7 @@ def test_from_one_system_to_itself_keeps_dtypes(tmp_path, system):
     assert equal(files.read(tmp_path / "back").state, state)
 
 
-@pytest.mark.parametrize("system", NETWORKS)
+@pytest.mark.parametrize("system", few(NETWORKS, but=("caffe2", "slowfast")))
 def test_networks_are_found_by_their_weights(system):
     name, blocks, alone = NETWORKS[system]
     found = fitting(export_foreign(network(system)), width=WIDTH)
@@ -153,8 +158,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("name", "part"), WRONG.values(), ids=WRONG)
-def test_the_wrong_model_is_refused_and_nothing_written(capsys, tmp_path, name, part):
+@pytest.mark.parametrize("wrong", few(WRONG, but=("another-kernel", "affine")))
+def test_the_wrong_model_is_refused_and_nothing_written(capsys, tmp_path, wrong):
+    name, part = WRONG[wrong]
     path, target = checkpoint(tmp_path, "caffe2"), tmp_path / "m.safetensors"
     target.write_bytes(b"as it was")
     code, out, err = nlk(capsys, path, target, "--model", name)
@@ -165,7 +171,13 @@ def test_the_wrong_model_is_refused_and_nothing_written(capsys, tmp_path, name, 
     assert target.read_bytes() == b"as it was"
 
 
-@pytest.mark.parametrize("system", ["caffe2", "tsm", "mmaction", "slowfast", "mindspore", "tushar"])
+@pytest.mark.parametrize(
+    "system",
+    few(
+        ["caffe2", "tsm", "mmaction", "slowfast", "mindspore", "tushar"],
+        but=("caffe2", "slowfast", "mmaction"),
+    ),
+)
 def test_a_missing_block_is_named(capsys, tmp_path, system):
     form = FORMS[system]
     state = export_foreign(network(system))

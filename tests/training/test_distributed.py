@@ -81,7 +81,13 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(("both", "reference"), SETTINGS.values(), ids=SETTINGS)
+# Each starts four processes.
+LONG = [pytest.param(*SETTINGS["batch"], id="batch", marks=pytest.mark.gate)]
+
+
+@pytest.mark.parametrize(
+    ("both", "reference"), [pytest.param(*SETTINGS["frozen"], id="frozen"), *LONG]
+)
 def test_two_processes_are_as_one(generated, tmp_path, both, reference):
     argv = ["smoke", f"data.root={generated}", *FILES, "optim.steps=4", "optim.batch=8", *both]
     result = torchrun([*argv, f"run.out={tmp_path / 'two'}", "run.checkpoint_every=2"])

@@ -72,7 +72,17 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+# The others take as long again.
+FEW = ("plain", "workers-ema-clip")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        pytest.param(setting, id=name, marks=() if name in FEW else pytest.mark.gate)
+        for name, setting in SETTINGS.items()
+    ],
+)
 def test_a_killed_run_goes_on_to_the_same_end(generated, tmp_path, monkeypatch, setting):
     argv = ["train", "smoke", f"data.root={generated}", *FILES, "optim.steps=10"]
     argv += ["run.checkpoint_every=4", *setting]
