@@ -28,6 +28,10 @@ KINDS = {
 }
 
 
+# Of seed 0 one number lies so near a rectifier's corner that rounding moves it to the other side.
+SEEDS = {"slowfast_c2d_r101_8x8": 1}
+
+
 def _blocks(name):
     design = registered(name).design
     return FAST.get(name) or max(getattr(design, "places", (0, 2)))
@@ -45,7 +49,7 @@ SOME = [
 
 def small(name):
     """A narrow network whose blocks change their input, and a clip for it."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEEDS.get(name, 0))
     block = {"kind": KINDS[name]} if name in KINDS else {}
     model = create_model(
         name,
