@@ -22,21 +22,11 @@ import torch
 
 from benchmarks import results
 from benchmarks.sanitize import Ended, run_together
+from benchmarks.sanitize_driver import OPERATIONS
 from benchmarks.stage import DEADLINE, RowFile, clean, read_rows, supervise_all
 
 BUDGET_S = 470.0
 FOLDERS = ("tests/ops", "tests/modules", "tests")
-OPERATIONS = (
-    "softmax",
-    "relu",
-    "dot_product",
-    "concat",
-    "region",
-    "gate",
-    "pointwise",
-    "norm",
-    "pool",
-)
 KERNEL_TESTS = ("test_triton*.py", "test_region*.py", "test_verify.py")
 OTHER_TESTS = (
     "test_launch.py",

@@ -264,8 +264,9 @@ class NonLocalBlock(nn.Module):
             'chunked'
         """
         inputs.check(self, x)
+        apart = self._apart(x)
         with torch.no_grad():
-            rows = (plain if self._apart(x) else fast).operands(self, x)
+            rows = (plain if apart else fast).operands(self, x)
         if self.kind == "concat":
             found = functional.explain("nonlocal_concat", *rows, backend=self._backend)
         else:
@@ -276,7 +277,6 @@ class NonLocalBlock(nn.Module):
             like = x[:, :1].expand(-1, self.inner, *x.shape[2:]).to(rows[2].dtype)
             regions = self.region.explain(like, layers.region_backend(self.backend))
             parts.append(f"{regions.backend} aggregates regions")
-        apart = self._apart(x)
         if apart:
             parts.append(f"its layers run one after another, as {', '.join(apart)}")
         return found._replace(problem="; ".join(parts))

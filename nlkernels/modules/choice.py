@@ -31,10 +31,11 @@ def small(block: "NonLocalBlock", x: torch.Tensor) -> str:
     Compiled and exported graphs have no calls to spare, and sizes that are not known; who has
     operands computed again wants less to be kept.
     """
-    if block.fused or block.recompute or torch.compiler.is_compiling():
+    rows = TABLE.get(x.device.type, ())
+    if not rows or block.fused or block.recompute or torch.compiler.is_compiling():
         return ""
     (computed,) = autocast(x[:0])
-    for row in TABLE.get(x.device.type, ()):
+    for row in rows:
         serves = block.kind in row["kinds"] and computed.dtype in row["dtypes"]
         if serves and x.numel() <= row["numbers_up_to"]:
             return row["because"]

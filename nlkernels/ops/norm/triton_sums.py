@@ -52,7 +52,8 @@ def product(
 def sums(grad: torch.Tensor, z: torch.Tensor, moments: torch.Tensor, eps: float) -> torch.Tensor:
     """Grad, z (B,N,C) -> sums (2,C) of grad times the standardised z, and of grad."""
     batch, positions, channels = z.shape
-    found = torch.zeros_like(moments)
+    # Written by the kernels, unless there is nothing to add.
+    found = torch.empty_like(moments) if z.numel() > 0 else torch.zeros_like(moments)
     moments = moments.contiguous()
 
     def run(config: Config) -> None:
