@@ -110,6 +110,10 @@ class DataConfig:
     """``folder``: root/train and root/test; ``time``: the last part of each video is the test."""
     holdout: float = 0.3
     """Share of each video that is kept for testing (``split_by: time`` only)."""
+    gap: float = 0.0
+    """Share of each video between training and test that does neither (``split_by: time`` only)."""
+    parts: int = 1
+    """Test videos that the end of each video is cut into (``split_by: time`` only)."""
     train_files: int = 2000
     """Generated training files (synthetic only)."""
     test_files: int = 500
@@ -147,6 +151,7 @@ class DataConfig:
 MINIMUM = {
     "data.frames": 1,
     "data.stride": 1,
+    "data.parts": 1,
     "data.size": 1,
     "data.train_files": 2,
     "data.test_files": 2,
@@ -168,6 +173,7 @@ FIXED_CLIPS = (
     "inception",
 )
 
+_OF_TIME = ("holdout", "gap", "parts")
 _NOT_LISTS = ("synthetic", "folder")
 _OF_LISTS = (
     "train_list",
@@ -190,11 +196,11 @@ def _is_list(kind: str) -> bool:
 IGNORED_WHEN: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("data.stride", "data.kind", lambda kind: kind == "synthetic"),
     ("data.split_by", "data.kind", lambda kind: kind != "folder"),
-    ("data.holdout", "data.kind", lambda kind: kind != "folder"),
+    *((f"data.{name}", "data.kind", lambda kind: kind != "folder") for name in _OF_TIME),
     ("data.train_files", "data.kind", lambda kind: kind != "synthetic"),
     ("data.test_files", "data.kind", lambda kind: kind != "synthetic"),
     ("data.seed", "data.kind", lambda kind: kind != "synthetic"),
-    ("data.holdout", "data.split_by", lambda split_by: split_by == "folder"),
+    *((f"data.{name}", "data.split_by", lambda by: by == "folder") for name in _OF_TIME),
     ("data.timeout_s", "data.workers", lambda workers: workers == 0),
     ("data.preload", "data.kind", _is_list),
     *((f"data.{name}", "data.kind", lambda kind: kind in _NOT_LISTS) for name in _OF_LISTS),
@@ -222,6 +228,15 @@ def view_size(data: DataConfig) -> int:
     return data.size if data.test_size is None else data.test_size
 
 
+def check_training_data(data: DataConfig) -> None:
+    """Raise ValueError where training clips are missing that a test alone does not need."""
+    if data.kind == "list" and data.train_list is None:
+        raise ValueError(
+            "config: expected data.train_list to name the list of the training videos, got "
+            "nothing; add data.train_list=FILE"
+        )
+
+
 def check_data(data: DataConfig) -> None:
     """Raise ValueError for a combination of values that cannot work; one line each."""
     for fits, expected, got, remedy in _combinations(data):
@@ -243,6 +258,12 @@ def _combinations(data: DataConfig) -> list[tuple[bool, str, Any, str]]:
             "set data.holdout=0.3",
         ),
         (
+            0 <= data.gap < 1 - data.holdout,
+            "0 <= data.gap < 1 - data.holdout",
+            f"{data.gap} with data.holdout={data.holdout}",
+            "set data.gap=0.05",
+        ),
+        (
             data.size <= low <= high,
             "data.size <= data.short_side[0] <= data.short_side[1]",
             f"{data.size}, {low}, {high}",
@@ -261,13 +282,9 @@ def _combinations(data: DataConfig) -> list[tuple[bool, str, Any, str]]:
             "add data.root=DIR",
         ),
         (
-            not listed or data.train_list is not None,
-            "data.train_list to name the list of the training videos",
-            "nothing",
-            "add data.train_list=FILE",
-        ),
-        (
-            not listed or data.test_list is not None or data.list_format == "hmdb51_json",
+            not listed
+            or data.test_list is not None
+            or (data.list_format == "hmdb51_json" and data.train_list is not None),
             "data.test_list to name the list of the test videos",
             "nothing",
             "add data.test_list=FILE",

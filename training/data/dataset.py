@@ -39,12 +39,14 @@ class Video:
         frames: Frames that belong to the data set; None for all of a video whose length and frame
             rate are known when it is opened.
         fps: Frames per second.
+        part: Which part of its file it is, in words; empty for the whole file.
     """
 
     path: str
     label: int
     frames: range | None = None
     fps: float = 30.0
+    part: str = ""
 
 
 class Opener(Protocol):
@@ -179,6 +181,26 @@ class ClipDataset(Dataset[tuple[Tensor, int]]):
         """Number of the video that a clip is of, from 0 and in the order of the clips."""
         return int(np.searchsorted(self._ends, index, side="right"))
 
+    def problem_of(self, number: int) -> str | None:
+        """Open a video and decode its first, middle and last frame.
+
+        Args:
+            number: Of `video_of`.
+
+        Returns:
+            Why that is impossible; None if it is not.
+        """
+        video = self._videos[number]
+        try:
+            with closing(self._opener(self._numbers[number], video)) as reader:
+                frames = range(len(reader)) if video.frames is None else video.frames
+                if not frames:
+                    return "no frames"
+                reader.frames(sorted({frames[0], frames[len(frames) // 2], frames[-1]}))
+        except VideoReadError as error:
+            return error.reason
+        return None
+
     @property
     def videos(self) -> tuple[Video, ...]:
         """The videos, by the numbers of `video_of`."""
@@ -196,12 +218,20 @@ class ClipDataset(Dataset[tuple[Tensor, int]]):
         return int(counts[0]) if (counts == counts[0]).all() else None
 
     @property
+    def clips_per_video(self) -> int | None:
+        """Clips of every video, however many crops are cut from each; None where they differ."""
+        views = self.views_per_video
+        return None if views is None else views // self.transform.crops
+
+    @property
     def decode_failures(self) -> list[tuple[str, int]]:
         """(path, clips that failed) of videos that were not left out, loader processes included."""
-        counts = self._failures.tolist()
-        return [
-            (video.path, count) for video, count in zip(self._videos, counts, strict=True) if count
-        ]
+        counts: dict[str, int] = {}
+        for video, count in zip(self._videos, self._failures.tolist(), strict=True):
+            if count:
+                # Several videos may be parts of one file.
+                counts[video.path] = counts.get(video.path, 0) + count
+        return list(counts.items())
 
     def _frames(self, number: int, clip: int, generator: torch.Generator) -> tuple[Tensor, int]:
         """Frames of a clip, and the video that they are of in the end."""

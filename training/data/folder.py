@@ -1,6 +1,8 @@
 """Clips of the videos in a folder, decoded when they are asked for or kept decoded in memory."""
 
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -8,8 +10,8 @@ from .dataset import ClipDataset, Video
 from .openers import FileOpener, MemoryOpener
 from .reader import choose_reader
 from .samplers import Sampler
-from .sampling import time_split
-from .scan import scan_videos
+from .sampling import time_parts
+from .scan import ScannedVideo, scan_videos
 from .transforms import Transform
 
 EXTENSIONS = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
@@ -21,6 +23,7 @@ class FolderDataset(ClipDataset):
     ``split_by="folder"`` reads ``root/train/CLASS/*`` and ``root/test/CLASS/*``; the classes are
     the folders of ``root/train``. ``split_by="time"`` reads ``root/CLASS/*`` and videos directly in
     ``root``, whose class is their name; the first part of every video trains, the last part tests.
+    With ``parts`` above 1 the last part is cut into as many, each of which is a test video.
     Files are videos by their extension (`EXTENSIONS`); all others are ignored.
 
     Every file is tried first, in child processes that survive a hanging decoder; what cannot be
@@ -32,10 +35,14 @@ class FolderDataset(ClipDataset):
         sampler: Which frames are a clip.
         transform: What is done with them.
         seed: Seed of all random choices.
+        classes: Names of all classes, which then need no folders of training videos
+            (``split="test"``, ``split_by="folder"`` only).
         preload: Decode every video once, here, and keep the frames in memory (twice as much of it
             while they are collected). Loader processes share that memory.
         split_by: How training and test are told apart.
         holdout: Share of each video that tests (``split_by="time"`` only).
+        gap: Share of each video between training and test that does neither (likewise).
+        parts: Test videos that the last part of each video makes (likewise).
         preload_limit_mib: Most memory for preloaded frames, in MiB.
         scan_timeout_s: Longest time for trying one file, in seconds.
         reader: ``decord``, ``av`` (PyAV), or ``auto``.
@@ -72,31 +79,40 @@ class FolderDataset(ClipDataset):
         sampler: Sampler,
         transform: Transform,
         seed: int,
+        classes: Sequence[str] | None = None,
         preload: bool = False,
         split_by: Literal["folder", "time"] = "folder",
         holdout: float = 0.3,
+        gap: float = 0.0,
+        parts: int = 1,
         preload_limit_mib: float = 1024.0,
         scan_timeout_s: float = 30.0,
         reader: str = "auto",
         child_timeout_s: float | None = None,
         max_failed: float = 0.05,
     ) -> None:
-        _check_arguments(split, split_by, holdout)
+        _check_arguments(split, split_by)
+        if split_by == "time":
+            time_parts(2, holdout, gap=gap, parts=parts)
 
-        def part(num_frames: int) -> range:
+        def parts_of(num_frames: int) -> list[range]:
             if split_by == "folder":
-                return range(num_frames)
+                return [range(num_frames)]
             if num_frames < 2:
-                return range(0)
-            cut = time_split(num_frames, holdout)
-            return range(cut) if split == "train" else range(cut, num_frames)
+                return []
+            training, test = time_parts(num_frames, holdout, gap=gap, parts=parts)
+            return [training] if split == "train" else test
 
-        files = _find_videos(Path(root), split, split_by)
+        def kept(num_frames: int) -> range:
+            mine = parts_of(num_frames)
+            return range(mine[0].start, mine[-1].stop) if mine else range(0)
+
+        files = _find_videos(Path(root), split, split_by, classes)
         decoder = choose_reader(reader)
         scanned = scan_videos(
             [path for path, _ in files],
             timeout_s=scan_timeout_s,
-            keep=part if preload else None,
+            keep=kept if preload else None,
             limit_mib=preload_limit_mib,
             reader=decoder,
         )
@@ -104,22 +120,29 @@ class FolderDataset(ClipDataset):
         for video, (_, name) in zip(scanned, files, strict=True):
             if video.reason:
                 problems.append((video.path, video.reason))
-            elif len(part(video.num_frames)) == 0:
+            elif not parts_of(video.num_frames):
                 problems.append((video.path, "one frame, too few to split by time"))
             else:
-                usable.append((video, name))
-        present = sorted({name for _, name in usable})
-        classes = class_folders(Path(root) / "train") if split_by == "folder" else present
+                usable += [(one, frames, name) for one, frames in _cut(video, parts_of)]
+        present = sorted({name for _, _, name in usable})
+        if classes is None:
+            classes = class_folders(Path(root) / "train") if split_by == "folder" else present
         _check_classes(root, present if split == "train" else classes, problems)
         labels = {name: label for label, name in enumerate(classes)}
         if preload:
-            opener = MemoryOpener([video for video, _ in usable])
+            opener = MemoryOpener([video for video, _, _ in usable])
         else:
             opener = FileOpener(decoder, child_timeout_s)
         super().__init__(
             [
-                Video(video.path, labels[name], part(video.num_frames), video.fps)
-                for video, name in usable
+                Video(
+                    video.path,
+                    labels[name],
+                    frames,
+                    video.fps,
+                    part=f"frames {frames.start}-{frames.stop - 1}" if parts > 1 else "",
+                )
+                for video, frames, name in usable
             ],
             classes,
             training=split == "train",
@@ -132,21 +155,40 @@ class FolderDataset(ClipDataset):
         )
 
 
-def _find_videos(root: Path, split: str, split_by: str) -> list[tuple[Path, str]]:
+def _cut(
+    video: ScannedVideo, parts_of: Callable[[int], list[range]]
+) -> list[tuple[ScannedVideo, range]]:
+    """Every part of a video with its pixels, if these were kept."""
+    parts = parts_of(video.num_frames)
+    if video.pixels is None:
+        return [(video, frames) for frames in parts]
+    first = parts[0].start
+    return [
+        (replace(video, pixels=video.pixels[frames.start - first : frames.stop - first]), frames)
+        for frames in parts
+    ]
+
+
+def _find_videos(
+    root: Path, split: str, split_by: str, classes: Sequence[str] | None
+) -> list[tuple[Path, str]]:
     """Video files and their classes, sorted by path."""
     if split_by == "folder":
-        for folder in (root / "train", root / split):
+        of_classes = root / "train" if classes is None else root / split
+        for folder in (of_classes, root / split):
             if not folder.is_dir():
                 raise FileNotFoundError(
                     f"FolderDataset: expected a folder {folder}, got none; make it with one folder "
                     "per class, or split every video by time"
                 )
-        classes, expected = class_folders(root / "train"), f"{root / split}/CLASS/"
+        expected, given = f"{root / split}/CLASS/", classes
+        classes = class_folders(of_classes) if given is None else given
         others = sorted(set(class_folders(root / split)) - set(classes))
         if others:
             raise ValueError(
-                f"FolderDataset: expected the classes of {root / 'train'}, got others in "
-                f"{root / split}: {', '.join(others)}; give every class training videos"
+                f"FolderDataset: expected the classes of "
+                f"{of_classes if given is None else 'the network'}, got others in {root / split}: "
+                f"{', '.join(others)}; give every class training videos"
             )
         files = [(path, name) for name in classes for path in videos_in(root / split / name)]
     else:
@@ -198,7 +240,7 @@ def videos_in(folder: Path) -> list[Path]:
     )
 
 
-def _check_arguments(split: str, split_by: str, holdout: float) -> None:
+def _check_arguments(split: str, split_by: str) -> None:
     for name, value, legal in (
         ("split", split, ("train", "test")),
         ("split_by", split_by, ("folder", "time")),
@@ -207,5 +249,3 @@ def _check_arguments(split: str, split_by: str, holdout: float) -> None:
             raise ValueError(
                 f"FolderDataset: expected {name} {' or '.join(legal)}, got {value!r}; pick one"
             )
-    if split_by == "time":
-        time_split(2, holdout)

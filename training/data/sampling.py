@@ -4,6 +4,8 @@ The rules are those of the original Kinetics training code: a clip that runs pas
 the beginning, so a video of any length gives clips of any length.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 
@@ -91,6 +93,43 @@ def time_split(num_frames: int, holdout: float) -> int:
             f"time_split: expected at least 2 frames, got {num_frames}; leave this video out"
         )
     return min(max(num_frames - round(num_frames * holdout), 1), num_frames - 1)
+
+
+def time_parts(
+    num_frames: int, holdout: float, *, gap: float = 0.0, parts: int = 1
+) -> tuple[range, list[range]]:
+    """Training frames at the beginning of a video and disjoint test parts at its end.
+
+    Args:
+        num_frames: Frames of the video, at least 2.
+        holdout: Share of the video that tests, between 0 and 1.
+        gap: Share of the video before the test frames that does neither, so that no test frame
+            follows a training frame; training keeps a frame at least.
+        parts: Equal parts of the test frames; fewer where there are fewer frames.
+
+    Returns:
+        Frames that train, and those of every test part.
+
+    Raises:
+        ValueError: Fewer than two frames, ``holdout`` not strictly between 0 and 1, ``gap`` not
+            between 0 and what ``holdout`` leaves, or no part.
+
+    Example:
+        >>> time_parts(300, 0.3, gap=0.05, parts=2)
+        (range(0, 195), [range(210, 255), range(255, 300)])
+    """
+    start = time_split(num_frames, holdout)
+    if not 0 <= gap < 1 - holdout:
+        raise ValueError(
+            f"time_parts: expected 0 <= gap < 1 - holdout, got {gap} with holdout {holdout}; "
+            "0.05 leaves out 5 % of each video between training and test"
+        )
+    if parts < 1:
+        raise ValueError(f"time_parts: expected at least 1 part, got {parts}; 1 keeps it whole")
+    count = min(parts, num_frames - start)
+    ends = [start + (num_frames - start) * number // count for number in range(count + 1)]
+    training = range(max(start - round(num_frames * gap), 1))
+    return training, [range(*pair) for pair in pairwise(ends)]
 
 
 def _wrapped(start: int, num_frames: int, frames: int, stride: int) -> list[int]:

@@ -161,6 +161,38 @@ def test_time_split_shows_no_test_frame_in_training(tmp_path, numbered, preload)
     ]
 
 
+@pytest.mark.parametrize("preload", [False, True], ids=["disk", "memory"])
+def test_parts_of_a_video_are_test_videos_of_their_own(tmp_path, numbered, preload):
+    for name in ("a", "b"):
+        numbered(tmp_path / f"{name}.mp4", 40, step=STEP)
+    options = {"split_by": "time", "holdout": 0.3, "gap": 0.1, "parts": 3, "preload": preload}
+    train, test = clips(tmp_path, **options), clips(tmp_path, "test", stride=1, **options)
+    assert (len(train), len(test), test.num_videos) == (2, 6, 6)
+    # 40 frames: 24 train, 4 do neither, 12 test.
+    seen = set()
+    for epoch in range(60):
+        train.set_epoch(epoch)
+        seen |= {int(number) for clip, _ in train for number in clip}
+    assert seen <= set(range(24))
+    assert [(clip.tolist(), label) for clip, label in test] == [
+        (list(range(start, start + 4)), label) for label in (0, 1) for start in (28, 32, 36)
+    ]
+    assert [video.part for video in test.videos[:2]] == ["frames 28-31", "frames 32-35"]
+    with pytest.raises(ValueError, match=r"expected 0 <= gap < 1 - holdout, got 0\.8"):
+        clips(tmp_path, **{**options, "gap": 0.8})
+
+
+def test_failures_of_parts_are_counted_by_file(tmp_path, numbered, fail):
+    for name in ("a", "b"):
+        numbered(tmp_path / f"{name}.mp4", 40, step=STEP)
+    data = clips(tmp_path, "test", split_by="time", parts=3)
+    fail(2)
+    data[0]
+    fail(1)
+    data[1]
+    assert data.decode_failures == [(str(tmp_path / "a.mp4"), 3)]
+
+
 def test_short_videos_wrap(tmp_path, numbered):
     for name in ("a", "b"):
         numbered(tmp_path / "train" / name / "v.mp4", 3, step=STEP)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nlkernels.training.data.sampling import random_clip, time_split, uniform_clip
+from nlkernels.training.data.sampling import random_clip, time_parts, time_split, uniform_clip
 
 
 def starts(num_frames, clips=10):
@@ -60,9 +60,24 @@ def test_both_parts_of_a_video_get_frames(num_frames, holdout, cut):
     assert time_split(num_frames, holdout) == cut
 
 
+@pytest.mark.parametrize("num_frames", [2, 3, 10, 41, 300])
+@pytest.mark.parametrize(("holdout", "gap"), [(0.3, 0.05), (0.9, 0.0), (0.05, 0.9)])
+@pytest.mark.parametrize("parts", [1, 3, 7])
+def test_time_parts_are_disjoint_and_none_is_empty(num_frames, holdout, gap, parts):
+    training, test = time_parts(num_frames, holdout, gap=gap, parts=parts)
+    start = time_split(num_frames, holdout)
+    assert training == range(max(start - round(gap * num_frames), 1))
+    assert [frame for part in test for frame in part] == list(range(start, num_frames))
+    assert len(test) == min(parts, num_frames - start)
+    sizes = [len(part) for part in test]
+    assert 1 <= max(sizes) <= min(sizes) + 1
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: time_parts(9, 0.3, parts=0), "at least 1 part, got 0"),
+        (lambda: time_parts(9, 0.3, gap=-0.1), "0 <= gap < 1 - holdout, got -0.1"),
         (lambda: uniform_clip(0, 8, 1, 0, 1), "num_frames of at least 1, got 0"),
         (lambda: uniform_clip(9, 0, 1, 0, 1), "frames of at least 1, got 0"),
         (lambda: uniform_clip(9, 8, 0, 0, 1), "stride of at least 1, got 0"),
