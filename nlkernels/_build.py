@@ -41,36 +41,47 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Sources:
-    """The folder of the sources and what its `sources.json` holds."""
+    """The folder of the sources and what its `sources.json` holds of one module.
+
+    Headers in folders named "cuda" belong to the module of CUDA, all others to that of CPUs.
+    """
 
     folder: Path
     listed: dict[str, Any]
+    part: str = ""
 
     @classmethod
-    def read(cls, folder: Path) -> Sources:
-        return cls(folder, json.loads((folder / "sources.json").read_bytes()))
+    def read(cls, folder: Path, part: str = "") -> Sources:
+        """What is listed for CPUs, or for another part: "cuda"."""
+        listed = json.loads((folder / "sources.json").read_bytes())
+        other = listed.pop("cuda", {})
+        if part:
+            shared = {key: listed[key] for key in ("cxx_standard", "include")}
+            listed = {**shared, **other}
+        return cls(folder, listed, part)
 
     def _names(self) -> list[str]:
-        """Everything in the folder that a build may read."""
-        headers = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*.h"))
+        """Everything in the folder that a build may read, but sources.json."""
+        found = (path.relative_to(self.folder) for path in self.folder.rglob("*.[ch]*"))
+        headers = (path for path in found if path.suffix in (".h", ".cuh"))
+        own = [p.as_posix() for p in headers if ("cuda" in p.parts) == (self.part == "cuda")]
         listed = self.listed
-        files = ["sources.json", listed["bindings"], *listed["common"], *listed["units"]]
-        return sorted([*files, *headers])
+        return sorted([listed["bindings"], *listed.get("common", ()), *listed["units"], *own])
 
     @cached_property
     def digest(self) -> str:
         """Hash of what a build may read."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(json.dumps(self.listed, sort_keys=True).encode())
         for name in self._names():
             digest.update(name.encode() + b"\0" + (self.folder / name).read_bytes() + b"\0")
         return digest.hexdigest()[:16]
 
     def copy(self, folder: Path) -> Sources:
         """The same in another folder, where nobody changes it."""
-        for name in self._names():
+        for name in ("sources.json", *self._names()):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.folder / name, folder / name)
-        return Sources.read(folder)
+        return Sources.read(folder, self.part)
 
     def isas(self) -> list[str]:
         """Instruction sets of this architecture, lowest first."""
@@ -328,15 +339,24 @@ def _free_bytes() -> int:
 
 @cache
 def _version(command: tuple[str, ...]) -> str:
+    return (printed((*command, "--version")).splitlines() or ["unknown version"])[0]
+
+
+def printed(command: tuple[str, ...]) -> str:
+    """What a compiler says of itself.
+
+    Raises:
+        BuildError: it does not run, or fails.
+    """
     try:
-        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(
-            f"expected a C++ compiler, got {error} of {shlex.join(command)}; set CXX to a compiler"
+            f"expected a compiler, got {error} of {shlex.join(command)}; set CXX to a compiler"
         ) from None
     if done.returncode != 0:
         raise BuildError(
-            f"expected a C++ compiler, got {shlex.join(command)}, which exits with "
+            f"expected a C++ compiler, got {shlex.join(command[:-1])}, which exits with "
             f"{done.returncode}; set CXX to a compiler"
         )
-    return (done.stdout.splitlines() or ["unknown version"])[0]
+    return done.stdout

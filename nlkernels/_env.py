@@ -41,6 +41,10 @@ VARIABLES: dict[str, Variable] = {
         default="0",
         doc="1: pip install compiles native code for all instruction sets (setup.py reads it)",
     ),
+    "NLKERNELS_CUDA_ARCHS": Variable(
+        default="",
+        doc="architectures of the CUDA kernels: sm_80,sm_90a or all; empty: this GPU's, on demand",
+    ),
 }
 
 
@@ -63,3 +67,8 @@ def cache_home() -> str:
 def compiler() -> str:
     """Returns the C++ compiler that the user named for all builds, "" without one."""
     return os.environ.get("CXX", "")
+
+
+def cuda_homes() -> list[str]:
+    """Returns the folders of CUDA toolkits that the user named, best first."""
+    return [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]

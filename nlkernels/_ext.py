@@ -131,37 +131,40 @@ class Extension:
         folder: gives the folder of its sources; called when that is needed.
     """
 
+    language = "C++"
+    seconds_unit = _SECONDS_UNIT
+
     def __init__(self, name: str, folder: Callable[[], Path]) -> None:
         self.name = name
         self._folder = folder
-        # By what NLKERNELS_CPU_ISA says; by file, as a module can be initialised only once.
+        # By what was asked for; by file, as a module can be initialised only once.
         self._modules: dict[str, ModuleType] = {}
         self._imported: dict[Path, ModuleType] = {}
         self._failures: dict[tuple, str] = {}
         self._obstacles: dict[tuple, str] = {}
 
     def load(self, asked: str | None = None) -> ModuleType:
-        """See `nlkernels._ext.load`; `asked`: what NLKERNELS_CPU_ISA says, where it is known."""
-        if asked is None:
-            asked = _env.read("NLKERNELS_CPU_ISA")
+        """See `nlkernels._ext.load`; `asked`: what it shall run on, where that is known."""
+        asked = self._asked() if asked is None else asked
         module = self._modules.get(asked)
         if module is not None:
             return module
         with _lock:
-            if failure := self._failures.get(_setting()):
+            setting = (asked, *self._setting())
+            if failure := self._failures.get(setting):
                 raise ExtensionError(failure)
             try:
                 return self._find(asked) or self._compile(asked)
             except (BuildError, ExtensionError, OSError) as error:
-                self._failures[_setting()] = str(error)
+                self._failures[setting] = str(error)
                 raise ExtensionError(str(error)) from None
 
-    def missing(self) -> str:
+    def missing(self, asked: str | None = None) -> str:
         """See `nlkernels._ext.missing`."""
-        asked = _env.read("NLKERNELS_CPU_ISA")
+        asked = self._asked() if asked is None else asked
         if self.is_loaded(asked):
             return ""
-        setting = _setting()
+        setting = (asked, *self._setting())
         with _lock:
             if setting not in self._obstacles:
                 self._obstacles[setting] = self._obstacle(asked)
@@ -172,17 +175,17 @@ class Extension:
         try:
             self.load()
         except ExtensionError as error:
-            _warn(f"goes on without its C++ kernels: {error}")
+            _warn(f"goes on without its {self.language} kernels: {error}")
             return str(error)
         return ""
 
     def is_loaded(self, asked: str) -> bool:
-        """Whether the module is in this process, for what NLKERNELS_CPU_ISA says."""
+        """Whether the module is in this process, for what is asked for."""
         return asked in self._modules
 
     def loaded(self) -> ModuleType | None:
         """The module, where it is in this process."""
-        return self._modules.get(_env.read("NLKERNELS_CPU_ISA"))
+        return self._modules.get(self._asked())
 
     def _obstacle(self, asked: str) -> str:
         try:
@@ -238,12 +241,11 @@ class Extension:
 
     def _candidates(self, asked: str) -> list[Path]:
         """Folders of the cache that may hold the module."""
-        sources = self._sources()
-        isa = self._isa(asked, sources)
         try:
-            recipe = Recipe(sources, (isa,), Compiler.find(_env.compiler()), openmp_runtime())
+            recipe = self._recipe(asked)
         except BuildError:
-            pattern = f"{_content(sources, isa)}-*"
+            sources = self._sources()
+            pattern = f"{_content(sources, self._isa(asked, sources))}-*"
             return [folder for home in _store.homes() for folder in sorted(home.glob(pattern))]
         return [home / _key(recipe) for home in _store.homes()]
 
@@ -269,10 +271,10 @@ class Extension:
     def _compile_in(self, work: Path, recipe: Recipe, final: Path) -> None:
         steps, jobs = len(recipe.steps()), _build.jobs()
         units = len(recipe.sources.listed["units"]) * len(recipe.isas)
-        seconds = (_SECONDS_COMMON + _SECONDS_UNIT * units) / min(jobs, steps)
+        seconds = (_SECONDS_COMMON + self.seconds_unit * units) / min(jobs, steps)
         _store.say(
-            f"compiles {steps} C++ files for {', '.join(recipe.isas)} in {jobs} jobs, once; takes "
-            f"about {max(10, round(seconds, -1)):.0f} s; into {final}"
+            f"compiles {steps} {self.language} files for {', '.join(recipe.isas)} in {jobs} jobs, "
+            f"once; takes about {max(10, round(seconds, -1)):.0f} s; into {final}"
         )
         start = time.perf_counter()
         if recipe.openmp and not _build.links_openmp(recipe.compiler, recipe.openmp, work):
@@ -320,6 +322,15 @@ class Extension:
         if obstacle := _store.obstacle():
             raise ExtensionError(obstacle)
 
+    def _asked(self) -> str:
+        """What the user asks the module to be compiled for, "" for the best."""
+        return _env.read("NLKERNELS_CPU_ISA")
+
+    def _setting(self) -> tuple[str, ...]:
+        """What the user may change, beside that, so that a failure becomes a success."""
+        variables = ("NLKERNELS_JIT", "NLKERNELS_CACHE_DIR")
+        return (*map(_env.read, variables), _env.compiler())
+
     def _sources(self) -> Sources:
         return Sources.read(self._folder())
 
@@ -352,12 +363,6 @@ class Extension:
 
 
 CPU = Extension("_C", _paths.csrc_dir)
-
-
-def _setting() -> tuple[str, ...]:
-    """What the user may change so that a failure becomes a success."""
-    variables = ("NLKERNELS_CPU_ISA", "NLKERNELS_JIT", "NLKERNELS_CACHE_DIR")
-    return (*map(_env.read, variables), _env.compiler())
 
 
 def _content(sources: Sources, isa: str) -> str:

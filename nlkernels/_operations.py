@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from nlkernels._spec import Problem
 
 # Backends that `auto` takes on a GPU only where they were verified; see `nlkernels.verify`.
-VERIFIED = ("triton",)
+VERIFIED = ("triton", "cuda")
 # Channels are rounded up to whole steps of a tensor core: one verdict, one bucket for each.
 _CHANNELS = 16
 

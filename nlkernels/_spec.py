@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 KINDS = ("softmax", "gaussian", "dot_product", "relu")
-BACKENDS = ("auto", "reference", "chunked", "cpp", "triton", "sdpa")
+BACKENDS = ("auto", "reference", "chunked", "cpp", "triton", "cuda", "sdpa")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

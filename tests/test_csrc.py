@@ -42,16 +42,21 @@ def _root() -> Path:
 
 
 def test_every_source_is_listed_once():
+    cuda = SOURCES["cuda"]
     listed = [SOURCES["bindings"], *SOURCES["common"], *SOURCES["units"]]
+    listed += [cuda["bindings"], *cuda["units"]]
     for test in SOURCES["tests"].values():
         own = [*test["files"], *test.get("units", ())]
         listed += [file for file in own if file.startswith("test/")]
-    on_disk = sorted(path.relative_to(CSRC).as_posix() for path in CSRC.rglob("*.cpp"))
-    assert sorted(listed) == on_disk
+    found = [*CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu")]
+    assert sorted(listed) == sorted(path.relative_to(CSRC).as_posix() for path in found)
 
 
 def test_no_torch_header():
-    for path in [*CSRC.rglob("*.cpp"), *CSRC.rglob("*.h")]:
+    sources = (
+        path for pattern in ("*.cpp", "*.h", "*.cu", "*.cuh") for path in CSRC.rglob(pattern)
+    )
+    for path in sources:
         assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path
 
 

@@ -1,0 +1,117 @@
+// How the warps of the Hopper kernels hand work on: rings of slots in shared memory, and tiles.
+#ifndef NLK_CUDA_HOPPER_PIPELINE_CUH_
+#define NLK_CUDA_HOPPER_PIPELINE_CUH_
+
+#include "cuda/hopper/parameters.h"
+#include "nlk/cuda/hopper/ptx.h"
+
+namespace nlk::cuda::hopper {
+
+__device__ __forceinline__ int warp_of(int thread) { return thread / 32; }
+__device__ __forceinline__ int lane_of(int thread) { return thread % 32; }
+
+// A ring with its data and barriers: of each slot one for "full", behind them one for "empty".
+struct Channel {
+  std::uint32_t data, barriers;
+  int slot_bytes;
+  Ring ring;
+
+  __device__ __forceinline__ static Channel of(std::uint32_t data, int slot_bytes,
+                                               std::uint32_t barriers, int slots) {
+    return {data, barriers, slot_bytes, {slots}};
+  }
+  // The first barrier behind those of this channel.
+  __device__ __forceinline__ std::uint32_t next_barriers() const {
+    return barriers + static_cast<std::uint32_t>(2 * ring.slots * kBarrierBytes);
+  }
+  __device__ __forceinline__ std::uint32_t full(int slot) const {
+    return barriers + static_cast<std::uint32_t>(slot * kBarrierBytes);
+  }
+  __device__ __forceinline__ std::uint32_t empty(int slot) const { return full(ring.slots + slot); }
+  __device__ __forceinline__ std::uint32_t at(int slot) const {
+    return data + static_cast<std::uint32_t>(slot * slot_bytes);
+  }
+
+  // By one thread: `emptying` warps of the cluster empty a slot, `filling` arrivals fill it.
+  __device__ __forceinline__ void init(int filling, int emptying) const {
+    for (int slot = 0; slot < ring.slots; ++slot) {
+      barrier_init(full(slot), filling);
+      barrier_init(empty(slot), emptying);
+    }
+  }
+  // The producer's side: until the current slot is empty.
+  __device__ __forceinline__ void await_empty() const {
+    barrier_wait(empty(ring.slot), ring.parity ^ 1);
+  }
+  // The consumers' side.
+  __device__ __forceinline__ void await_full() const { barrier_wait(full(ring.slot), ring.parity); }
+
+  // By whole warps that have read a slot: tells the producers of all blocks that write it.
+  template <int kBlocks>
+  __device__ __forceinline__ void release(int slot, int lane) const {
+    if constexpr (kBlocks == 1) {
+      if (lane == 0) barrier_arrive(empty(slot));
+    } else {
+      if (lane < kBlocks) barrier_arrive_at(empty(slot), lane);
+    }
+  }
+};
+
+// Blocks of a cluster take neighbouring query tiles of one item, so that they share its keys; a block
+// beyond the last tile goes along, computes zeros and stores none of them.
+template <int kBlocks, int kRows>
+struct Work {
+  int tiles, item, row, next;
+
+  __device__ __forceinline__ explicit Work(const ForwardParameters& p)
+      : tiles(divide_up(divide_up(p.queries, kRows), kBlocks)), item(0), row(0),
+        next(block_index() / kBlocks) {}
+
+  // Whether there is one more, for the whole cluster.
+  __device__ __forceinline__ bool take(const ForwardParameters& p, int rank) {
+    if (next >= tiles * p.batch) return false;
+    item = next / tiles;
+    row = (next % tiles * kBlocks + rank) * kRows;
+    next += block_count() / kBlocks;
+    return true;
+  }
+};
+
+// Chunk `chunk` of channels of the rows from `row` on; lines run along rows where those are innermost.
+template <bool kChannelFirst>
+__device__ __forceinline__ void copy_chunk(const TensorMap& map, std::uint32_t destination,
+                                           std::uint32_t barrier, int row, int chunk, int item) {
+  const int channel = chunk * kLineNumbers;
+  copy_box(map, destination, barrier, kChannelFirst ? row : channel, kChannelFirst ? channel : row,
+           item);
+}
+
+// The same for keys and values, which the blocks of a cluster share: they copy chunks in turn, each
+// to all of them.
+template <bool kChannelFirst, int kBlocks>
+__device__ __forceinline__ void copy_shared_chunk(const TensorMap& map, std::uint32_t destination,
+                                                  std::uint32_t barrier, int row, int chunk, int item,
+                                                  int rank) {
+  if constexpr (kBlocks == 1) {
+    copy_chunk<kChannelFirst>(map, destination, barrier, row, chunk, item);
+  } else if (chunk % kBlocks == rank) {
+    const int channel = chunk * kLineNumbers;
+    copy_box_to(map, destination, barrier, kChannelFirst ? row : channel,
+                kChannelFirst ? channel : row, item, (1 << kBlocks) - 1);
+  }
+}
+
+// After the barriers' initialisation; and before the end, for no block may leave while others of its
+// cluster still signal its barriers.
+template <int kBlocks>
+__device__ __forceinline__ void sync_blocks() {
+  if constexpr (kBlocks == 1) {
+    block_sync();
+  } else {
+    cluster_sync();
+  }
+}
+
+}  // namespace nlk::cuda::hopper
+
+#endif  // NLK_CUDA_HOPPER_PIPELINE_CUH_
