@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import load
-from benchmarks.targets import outcomes, print_outcomes
+from .results import load
+from .targets import outcomes, print_outcomes
 
 CASE = "c2d_r50_128x1/res3@224"
 SHAPE = {"B": 2, "N": 12544, "M": 3136, "D": 256, "V": 256}

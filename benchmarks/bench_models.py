@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import block_measure, results
-from benchmarks.bench_ops import exit_code
-from benchmarks.model_cases import (
+from nlkernels.modules.options import BLOCK_KINDS
+from nlkernels.training.memory import check_gib
+
+from . import block_measure, results
+from .model_cases import (
     DEFAULT,
     DTYPES,
     MODELS,
@@ -29,12 +31,11 @@ from benchmarks.model_cases import (
     check_choice,
     select,
 )
-from benchmarks.model_measure import Plan, measure_models
-from benchmarks.model_steps import PASSES
-from benchmarks.model_tables import print_blocks, print_models
-from benchmarks.timing import keep_freed_memory
-from nlkernels.modules.options import BLOCK_KINDS
-from nlkernels.training.memory import check_gib
+from .model_measure import Plan, measure_models
+from .model_steps import PASSES
+from .model_tables import print_blocks, print_models
+from .op_rows import exit_code
+from .timing import keep_freed_memory
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

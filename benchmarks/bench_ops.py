@@ -16,20 +16,24 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import features, gate, region, results
-from benchmarks.checks import Judge
-from benchmarks.measure import PASSES, make_operands, measure
-from benchmarks.peak import larger, peak_gflops, state_shares
-from benchmarks.providers import DEFAULT, PROVIDERS, Provider
-from benchmarks.registry import CASES, DTYPES, GROUPS, KINDS, Case, select_cases
-from benchmarks.timing import copy_gb_s, gemm_tflops, keep_freed_memory, synchronised_clock
-
-OPERATIONS = {"region": region.OPERATION, "gate": gate.OPERATION}
-ALL_CASES = (*CASES, *region.CASES, *gate.CASES)
-ALL_PROVIDERS = dict.fromkeys([*PROVIDERS, *region.FUNCTIONS, *gate.FUNCTIONS])
-
-BUSY_CORES = 0.1
-"""Average foreign load above which a measurement is called disturbed."""
+from . import results
+from .checks import Judge
+from .measure import PASSES, make_operands
+from .op_rows import (
+    ALL_CASES,
+    OPERATIONS,
+    check_choice,
+    device_of,
+    exit_code,
+    measured_ceilings,
+    print_rows,
+    provider_names,
+    rows_of,
+)
+from .peak import larger, state_shares
+from .providers import DEFAULT, PROVIDERS, Provider
+from .registry import DTYPES, GROUPS, KINDS, Case, select_cases
+from .timing import keep_freed_memory, synchronised_clock
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -81,10 +85,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(given)
     try:
         cases = select_cases(options.cases, options.kinds, options.batch, ALL_CASES)
-        names = _provider_names(options.providers)
-        _check_choice("dtype", options.dtype, DTYPES)
-        _check_choice("pass", options.passes, PASSES)
-        device = _device(options.device, options.dtype)
+        names = provider_names(options.providers)
+        check_choice("dtype", options.dtype, DTYPES)
+        check_choice("pass", options.passes, PASSES)
+        device = device_of(options.device, options.dtype)
     except ValueError as error:
         print(f"bench_ops: {error}", file=sys.stderr)
         return 2
@@ -117,10 +121,19 @@ def main(arguments: list[str] | None = None) -> int:
     for case in cases:
         for dtype_name in options.dtype:
             for passes in options.passes:
-                rows = rows_of(case, names, dtype_name, passes, device, options, ceilings)
+                rows = rows_of(
+                    case,
+                    names,
+                    dtype_name,
+                    passes,
+                    device,
+                    ceilings,
+                    rounds=options.rounds,
+                    seed=options.seed,
+                )
                 if rows:
                     file.add(rows)
-                    _print(rows)
+                    print_rows(rows)
     # GEMM's rate has been divided by already, the others are stated again.
     again = measured_ceilings(device, [], isas)
     ceilings = larger(ceilings, again)
@@ -131,104 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
     return exit_code("bench_ops", file.report["rows"])
 
 
-def exit_code(program: str, rows: list[dict[str, Any]]) -> int:
-    """1 if a provider was refused or failed; says which, and whether the machine was busy."""
-    busy = max((row.get("foreign_cores") or 0.0 for row in rows), default=0.0)
-    if busy > BUSY_CORES:
-        print(f"{program}: other processes took {busy:.2f} cores; repeat this", file=sys.stderr)
-    bad = [row for row in rows if row["status"] in ("refused", "failed")]
-    for row in bad:
-        print(f"{row['status']}: {row['reason']}", file=sys.stderr)
-    return 1 if bad else 0
-
-
-def rows_of(
-    case: Any,
-    names: list[str],
-    dtype_name: str,
-    passes: str,
-    device: torch.device,
-    options: argparse.Namespace,
-    ceilings: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """Rows of one problem, of those providers that its operation has."""
-    common = {"rounds": options.rounds, "seed": options.seed}
-    if case.kind in OPERATIONS:
-        operation = OPERATIONS[case.kind]
-        own = [name for name in operation.functions if name in names]
-        return features.measure(
-            operation, case, dtype_name, passes, device, names=own, ceilings=ceilings, **common
-        )
-    providers = [PROVIDERS[name] for name in names if name in PROVIDERS]
-    gemm = ceilings["gemm_tflops"][dtype_name]
-    rows = measure(case, providers, dtype_name, passes, device, gemm=gemm, **common)
-    state_shares(rows, ceilings)
-    return rows
-
-
-def measured_ceilings(
-    device: torch.device, dtypes: list[str], isas: list[str]
-) -> dict[str, dict[str, Any] | float]:
-    """What this machine gives at best: matrix products, multiply-adds in registers, a copy."""
-    return {
-        "gemm_tflops": {name: gemm_tflops(device, getattr(torch, name)) for name in dtypes},
-        "peak_gflops": peak_gflops(isas) if device.type == "cpu" else {},
-        "copy_gb_s": copy_gb_s(device),
-    }
-
-
-def _provider_names(given: list[str]) -> list[str]:
-    default = [name for name in ALL_PROVIDERS if name in DEFAULT or name not in PROVIDERS]
-    names = [name for word in given for name in (default if word == "default" else [word])]
-    _check_choice("providers", names, tuple(ALL_PROVIDERS))
-    return list(dict.fromkeys(names))
-
-
 def _has_isa(name: str) -> bool:
     return name in PROVIDERS and bool(PROVIDERS[name].isa)
-
-
-def _check_choice(what: str, given: list[str], allowed: tuple[str, ...]) -> None:
-    unknown = sorted(set(given) - set(allowed))
-    if unknown or not given:
-        raise ValueError(f"{what}: expected some of {', '.join(allowed)}, got {', '.join(unknown)}")
-
-
-def _device(name: str, dtypes: list[str]) -> torch.device:
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu or cuda, got {name}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected one that exists, got cuda, but torch sees no GPU")
-    if name == "cpu" and "float16" in dtypes:
-        raise ValueError(
-            "dtype: expected float32 or bfloat16 on a CPU, got float16; PyTorch's own float16 "
-            "products there are too slow to compare with"
-        )
-    return torch.device(name)
-
-
-def _print(rows: list[dict[str, Any]]) -> None:
-    first = rows[0]
-    shape = " ".join(f"{letter}={size}" for letter, size in first["shape"].items())
-    print(f"\n{first['case']}  {first['kind']}  {first['dtype']}  {first['pass']}  {shape}")
-    for row in rows:
-        label = row["provider"] + (f" ({row['backend']})" if row["backend"] else "")
-        if row["status"] != "ok":
-            print(f"  {label:20} {row['status']}: {row['reason'][:90]}", flush=True)
-            continue
-        times = row["time_ms"]
-        over = "  ".join(
-            f"{ratio:.2f}x {name}"
-            for name, ratio in row["speedup_over"].items()
-            if ratio is not None
-        )
-        share = row["share_of_peak"]
-        of_peak = "" if share is None else f"{share:6.1%} of peak  "
-        print(
-            f"  {label:20} {times['p50']:9.2f} ms ({times['p20']:.2f} .. {times['p80']:.2f})"
-            f"  {row['peak_mib']:8.1f} MiB  {of_peak}{over}",
-            flush=True,
-        )
 
 
 def _served() -> list[Any]:

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from benchmarks.measure import PEER_SLACK, Call, compare
-from benchmarks.model_cases import ModelCase, build, named_blocks, switch, unfuse
-from benchmarks.model_judge import Judge, Results, block_results, group_of_block
-from benchmarks.model_measure import COMPILED, Plan, too_large
-from benchmarks.reckoned import ReckonedMemory
 from nlkernels import NonLocalBlock3d
 from nlkernels._memory import PeakMemory
 from nlkernels.training.memory import state_mib
+
+from .measure import PEER_SLACK, Call, compare
+from .model_cases import ModelCase, build, named_blocks, switch, unfuse
+from .model_judge import Judge, Results, block_results, group_of_block
+from .model_measure import COMPILED, Plan, too_large
+from .reckoned import ReckonedMemory
 
 PROVIDERS = {
     "naive": "ours, layer by layer, holding the N x M matrix (backend reference)",
@@ -52,6 +53,7 @@ class BlockCase:
         kind: Affinity.
         order: "before" or "after": where keys and values are pooled.
         also: Other settings whose blocks see the same input.
+        preset: System whose options the block has; "" for those of the two published orders.
     """
 
     name: str
@@ -59,6 +61,7 @@ class BlockCase:
     kind: str
     order: str
     also: tuple[str, ...] = ()
+    preset: str = ""
 
 
 def block_cases(cases: Sequence[ModelCase], orders: Sequence[str]) -> list[BlockCase]:
@@ -96,11 +99,16 @@ def _inputs(case: ModelCase) -> dict[str, tuple[int, ...]]:
 def make_block(case: BlockCase, seed: int = 0) -> NonLocalBlock3d:
     """Our block of a case, with weights that leave no part of it without effect."""
     torch.manual_seed(seed)
+    if case.preset:
+        options = {"kind": case.kind} if case.kind else {}
+        return NonLocalBlock3d.from_preset(
+            case.preset, case.shape[1], init="default", zero_init=None, **options
+        )
     return NonLocalBlock3d(
         case.shape[1],
-        kind=case.kind,
+        kind=case.kind or "softmax",
         pool=POOL,
-        pool_order=case.order,
+        pool_order=case.order or None,
         out_bias=case.order == "before",
         init="default",
         zero_init=None,
@@ -148,6 +156,10 @@ def reason(case: BlockCase, provider: str) -> str:
         return f"{package} has no block of kind {case.kind}"
     if case.order != order:
         return f"{package} pools {order} the projections, which is another function"
+    if case.preset:
+        ours = make_block(case)
+        if ours.pool_size != POOL or ours.scale is not None:
+            return f"{package} is measured with pools of {POOL} and its own scale"
     try:
         importlib.import_module(package)
     except ImportError as error:

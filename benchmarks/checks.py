@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Case
+from .registry import Case
 
 SAMPLE = 96
 """Query rows, and keys, that are compared with the truth."""

@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import RESULTS, ResultFile, validate
-from benchmarks.stage import read_rows
+from .results import RESULTS, ResultFile, validate
+from .stage import read_rows
 
 STAGES = ("correct", "sanitize", "bench", "train")
 _OWN = ("event", "at_s", "section", "job")

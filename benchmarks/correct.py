@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import results
-from benchmarks.sanitize import Ended, run_together
-from benchmarks.sanitize_driver import OPERATIONS
-from benchmarks.stage import DEADLINE, RowFile, clean, read_rows, supervise_all
+from . import results
+from .sanitize import Ended, run_together
+from .sanitize_driver import OPERATIONS
+from .stage import DEADLINE, RowFile, clean, read_rows, supervise_all
 
 BUDGET_S = 470.0
 FOLDERS = ("tests/ops", "tests/modules", "tests")

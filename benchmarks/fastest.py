@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import load
+from .results import load
 
 BACKENDS = {
     "cpp": ("cpp",),

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 import nlkernels
-from benchmarks.checks import AGREEMENT, FACTORS, WrongResult, rounding
-from benchmarks.measure import Call, Judging, compare, derive
-from benchmarks.peak import forced_isa, on_isa, state_shares
+
+from .checks import AGREEMENT, FACTORS, WrongResult, rounding
+from .measure import Call, Judging, compare, derive
+from .peak import forced_isa, on_isa, state_shares
 
 NAMES = ("out", "grad_x", "grad_weight")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}

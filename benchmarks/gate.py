@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import nlkernels
-from benchmarks.features import FORMATS, OURS, FeatureJudge, Function, Operands, Operation, step
+
+from .features import FORMATS, OURS, FeatureJudge, Function, Operands, Operation, step
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import features, gate, region
-from benchmarks.gpu_plan import Job, plan, reduced
-from benchmarks.gpu_summary import PEERS, floors, print_summary
-from benchmarks.kernel_rows import configuration_rows, kernel_rows
-from benchmarks.measure import PEER_SLACK, measure
-from benchmarks.peers import GPU_PROVIDERS, forget_compiled
-from benchmarks.stage import (
+from nlkernels import _launch
+
+from . import features, gate, region
+from .gpu_plan import Job, plan, reduced
+from .gpu_summary import PEERS, floors, print_summary
+from .kernel_rows import configuration_rows, kernel_rows
+from .measure import PEER_SLACK, measure
+from .peers import GPU_PROVIDERS, forget_compiled
+from .stage import (
     DEADLINE,
     RowFile,
     Watch,
@@ -36,8 +38,7 @@ from benchmarks.stage import (
     run_child,
     supervise,
 )
-from benchmarks.timing import copy_gb_s, gemm_tflops
-from nlkernels import _launch
+from .timing import copy_gb_s, gemm_tflops
 
 BUDGET_S = 460.0
 ROUNDS = 7

@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.gate import LAYERS as GATE_LAYERS
-from benchmarks.gate import GateCase
-from benchmarks.measure import PASSES
-from benchmarks.peers import COMPILED, QUICK, SWEEP
-from benchmarks.region import LAYERS as REGION_LAYERS
-from benchmarks.region import RegionCase
-from benchmarks.registry import CASES, Case, select_cases
+from .gate import LAYERS as GATE_LAYERS
+from .gate import GateCase
+from .measure import PASSES
+from .peers import COMPILED, QUICK, SWEEP
+from .region import LAYERS as REGION_LAYERS
+from .region import RegionCase
+from .registry import CASES, Case, select_cases
 
 REGION_PROVIDERS = ("conv3d", "masked_dense", "chunked", "triton", "auto")
 GATE_PROVIDERS = ("naive", "chunked", "triton", "auto")

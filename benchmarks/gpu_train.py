@@ -21,7 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.stage import (
+from nlkernels.training.config import ModelConfig, OptimConfig, ProfileConfig
+from nlkernels.training.data.synthetic import draw_clip
+from nlkernels.training.engine import StepRecord, train
+from nlkernels.training.measure import attention_sizes, measure
+from nlkernels.training.optimisers import make_optimiser
+from nlkernels.training.schedules import Schedule
+from nlkernels.training.updates import Updater
+from nlkernels.training.variants import build_variant
+
+from .stage import (
     DEADLINE,
     RowFile,
     Watch,
@@ -32,14 +41,6 @@ from benchmarks.stage import (
     run_child,
     supervise,
 )
-from nlkernels.training.config import ModelConfig, OptimConfig, ProfileConfig
-from nlkernels.training.data.synthetic import draw_clip
-from nlkernels.training.engine import StepRecord, train
-from nlkernels.training.measure import attention_sizes, measure
-from nlkernels.training.optimisers import make_optimiser
-from nlkernels.training.schedules import Schedule
-from nlkernels.training.updates import Updater
-from nlkernels.training.variants import build_variant
 
 BUDGET_S = 450.0
 VARIANTS = ("none", "naive", "fast")

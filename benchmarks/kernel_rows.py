@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import features, region
-from benchmarks.checks import Judge, step
-from benchmarks.gate import GateCase
-from benchmarks.measure import Call, Judging, compare, derive, make_operands
-from benchmarks.peers import GPU_PROVIDERS
-from benchmarks.region import RegionCase
-from benchmarks.registry import Case
-from benchmarks.timing import Timer, interleave, quantiles
 from nlkernels import _launch, _tune
 from nlkernels._spec import Problem
+
+from . import features, region
+from .checks import Judge, step
+from .gate import GateCase
+from .measure import Call, Judging, compare, derive, make_operands
+from .peers import GPU_PROVIDERS
+from .region import RegionCase
+from .registry import Case
+from .timing import Timer, interleave, quantiles
 
 LIBRARY_MIB = 4096
 """The library's product is measured where its matrix of weights is at most this large."""

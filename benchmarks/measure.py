@@ -14,12 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.checks import Judge, WrongResult
-from benchmarks.graphs import NotCaptured, capture
-from benchmarks.providers import Provider, chosen_backend
-from benchmarks.registry import Case
-from benchmarks.timing import ForeignLoad, Timer, interleave, quantiles
 from nlkernels._memory import PeakMemory
+
+from .checks import Judge, WrongResult
+from .graphs import NotCaptured, capture
+from .providers import Provider, chosen_backend
+from .registry import Case
+from .timing import ForeignLoad, Timer, interleave, quantiles
 
 PASSES = ("forward", "forward_backward")
 

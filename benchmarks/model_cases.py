@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_train import Amp
 from nlkernels import set_nonlocal_backend
 from nlkernels.models import create_model
 from nlkernels.models.resnet import BLOCK_PLACES
+
+from .gpu_train import Amp
 
 CLASSES = 400
 DTYPES = ("float32", "bfloat16")
@@ -94,6 +95,21 @@ class ModelCase:
         batch = self.batch if batch is None else batch
         return (batch, 3, self.frames, self.size, self.size)
 
+    def make(self, blocks: bool) -> nn.Module:
+        """The network with its blocks, or without."""
+        model = create_model(
+            MODELS[self.model],
+            num_classes=CLASSES,
+            width=self.width,
+            blocks=self.blocks if blocks else 0,
+            block={"kind": self.kind, "init": "default"},
+            dropout=0.0,
+        )
+        if SETTINGS[self.setting].strided:
+            model.conv1.stride = (2, 2, 2)
+            model.pool1 = nn.MaxPool3d((2, 3, 3), stride=2)
+        return model
+
 
 def select(
     models: Sequence[str],
@@ -158,26 +174,28 @@ def build(case: ModelCase, variant: str, dtype: str, seed: int = 0) -> nn.Module
         seed: Of the weights.
     """
     torch.manual_seed(seed)
-    model = create_model(
-        MODELS[case.model],
-        num_classes=CLASSES,
-        width=case.width,
-        blocks=0 if variant == "none" else case.blocks,
-        block={"kind": case.kind, "init": "default"},
-        dropout=0.0,
-    )
-    if SETTINGS[case.setting].strided:
-        model.conv1.stride = (2, 2, 2)
-        model.pool1 = nn.MaxPool3d((2, 3, 3), stride=2)
+    model = case.make(variant != "none")
     for name, module in model.named_modules():
-        if name.endswith((".bn3", ".nl.norm")):
-            nn.init.constant_(module.weight, 0.1 if name.endswith(".bn3") else 0.3)
+        if name.endswith(".bn3"):
+            nn.init.constant_(module.weight, 0.1)
+    for block in named_blocks(model).values():
+        unveil(block)
     if variant != "none":
         switch(model, variant)
     if variant == "grouped_naive":
         for block in named_blocks(getattr(model, RES3)).values():
             block.temporal_group = GROUP
     return model if dtype == "float32" else Amp(model)
+
+
+def unveil(block: nn.Module) -> None:
+    """Let a block or gate that starts as the identity count: by a third, or a little."""
+    if hasattr(block, "expand"):
+        nn.init.normal_(block.expand.weight, std=0.01)
+    elif getattr(block.norm, "weight", None) is not None:
+        nn.init.constant_(block.norm.weight, 0.3)
+    else:
+        nn.init.normal_(block.out.weight, std=0.01)
 
 
 def switch(model: nn.Module, variant: str) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.checks import WrongResult
+from .checks import WrongResult
 
 Results = dict[str, Tensor]
 Errors = dict[str, dict[str, float]]

@@ -11,15 +11,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from benchmarks.measure import PEER_SLACK, Call, compare
-from benchmarks.model_cases import VARIANTS, ModelCase, make_clips, named_blocks, unfuse
-from benchmarks.model_judge import ModelJudge, Results
-from benchmarks.model_steps import Network, Reckoned
-from benchmarks.providers import available_mib
 from nlkernels import set_nonlocal_backend
 from nlkernels.training.measure import overhead
 from nlkernels.training.memory import largest_batch
+
+from .measure import PEER_SLACK, Call, compare
+from .model_cases import VARIANTS, ModelCase, make_clips, named_blocks, unfuse
+from .model_judge import ModelJudge, Results
+from .model_steps import Network, Reckoned
+from .providers import available_mib
 
 THIRD_BATCH = 4
 """Checks the line through the peaks of batch 1 and 2, where it fits."""
@@ -243,7 +245,7 @@ class _Run:
 
 def settle(model: nn.Module, clips: Tensor) -> None:
     """Give the batch norms of a model the statistics of clips: without them values explode."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm3d)]
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta, training = [norm.momentum for norm in norms], model.training
     for norm in norms:
         norm.momentum = 1.0

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.model_cases import ModelCase, build, named_blocks
-from benchmarks.model_judge import Results
-from benchmarks.reckoned import ReckonedMemory
 from nlkernels._memory import MIB, PeakMemory
 from nlkernels.training.config import OptimConfig
 from nlkernels.training.measure import count_flops, count_parameters, needed_mib
 from nlkernels.training.memory import state_mib
 from nlkernels.training.optimisers import make_optimiser
+
+from .model_cases import ModelCase, build, named_blocks
+from .model_judge import Results
+from .reckoned import ReckonedMemory
 
 PASSES = ("training", "forward")
 """training: forward, backward and update, batch statistics. forward: no graph, running ones."""
@@ -64,7 +65,7 @@ class Network(NamedTuple):
             labels: (B,) class numbers.
 
         Returns:
-            Logits, and after a training step the gradient of every parameter by its name.
+            Logits, and after a training step the gradient of every trained parameter by its name.
         """
         if not self.model.training:
             with torch.no_grad():
@@ -72,7 +73,8 @@ class Network(NamedTuple):
         logits = call(clips)
         nn.functional.cross_entropy(logits, labels).backward()
         self.optimiser.step()
-        gradients = {name: p.grad for name, p in self.model.named_parameters()}
+        named = self.model.named_parameters()
+        gradients = {name: p.grad for name, p in named if p.grad is not None}
         self.optimiser.zero_grad(set_to_none=True)
         return {"logits": logits.detach()} | gradients
 
@@ -160,7 +162,8 @@ class Reckoned:
             )
             found.append(Attention(size.queries, size.keys, size.backend))
 
-        blocks = named_blocks(model).values()
+        # Gates have one query: no attention to speak of.
+        blocks = [one for one in named_blocks(model).values() if hasattr(one, "footprint")]
         handles = [block.register_forward_pre_hook(record) for block in blocks]
         try:
             with self._mode, torch.no_grad():

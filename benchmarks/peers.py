@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.checks import eager
-from benchmarks.providers import (
+from .checks import eager
+from .providers import (
     PROVIDERS,
     SERVED,
     Function,
@@ -24,7 +24,7 @@ from benchmarks.providers import (
     materialised_reason,
     own_provider,
 )
-from benchmarks.registry import Case
+from .registry import Case
 
 FUSED_DEPTH = 256
 """Widest channels at which `triton` without a workspace is the same kernel as with one."""

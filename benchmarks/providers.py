@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import nlkernels
-from benchmarks import checks
-from benchmarks.peak import forced_isa, on_isa
-from benchmarks.registry import Case
+
+from . import checks
+from .peak import forced_isa, on_isa
+from .registry import Case
 
 Function = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.measure import DeviceLost, check_device
-from benchmarks.stage import AGAIN, RowFile, Watch, lost_items, read_rows
+from .measure import DeviceLost, check_device
+from .stage import AGAIN, RowFile, Watch, lost_items, read_rows
 
 MESSAGE_CHARACTERS = 2000
 TEST_S = 90.0

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.acceptance import CASE, Rows, problems
-from benchmarks.registry import DTYPES
-from benchmarks.results import RESULTS, ROOT, load
+from .acceptance import CASE, Rows, problems
+from .registry import DTYPES
+from .results import RESULTS, ROOT, load
 
 BEGIN = "<!-- benchmark table: begin -->"
 END = "<!-- benchmark table: end -->"

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nlkernels
-from benchmarks.features import (
+
+from .features import (
     FORMATS,
     NAMES,
     OURS,
@@ -26,7 +27,7 @@ from benchmarks.features import (
     Operation,
     step,
 )
-from benchmarks.measure import PEER_SLACK
+from .measure import PEER_SLACK
 
 GROUP = 32
 SAMPLE = 6

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import nlkernels
+from nlkernels import _paths
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -194,7 +195,9 @@ def _gpu_info(device: torch.device) -> dict[str, Any] | None:
 
 
 def _git(*arguments: str) -> str | None:
-    return _output(["git", "-C", str(ROOT), *arguments])
+    # An installation may lie within somebody else's repository.
+    root = _paths.checkout_root()
+    return None if root is None else _output(["git", "-C", str(root), *arguments])
 
 
 def _output(command: list[str]) -> str | None:

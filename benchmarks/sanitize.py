@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import results
-from benchmarks.sanitize_driver import PARTS
-from benchmarks.stage import RowFile, clean
+from . import results
+from .sanitize_driver import PARTS
+from .stage import RowFile, clean
 
 BUDGET_S = 470.0
 TOOLS = ("memcheck", "racecheck", "initcheck")

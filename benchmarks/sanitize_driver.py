@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 import nlkernels
-from benchmarks.features import NAMES, step
-from benchmarks.kernel_rows import Recorder, recorded
-from benchmarks.stage import interpret
+
+from .features import NAMES, step
+from .kernel_rows import Recorder, recorded
+from .stage import interpret
 
 # Batch, N, M, D, V and workspace; fused with keys shared out among programs, fused with odd
 # channels (no descriptors), staged with several tiles, and the O(N) form of wide channels.

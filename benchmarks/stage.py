@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import results
-from benchmarks.measure import DeviceLost
 from nlkernels import _launch
+
+from . import results
+from .measure import DeviceLost
 
 AGAIN = 75
 """Exit code of a child that has to be replaced: its GPU context is broken."""

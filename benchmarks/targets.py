@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.region import ONE_CLIP
-from benchmarks.registry import CASES
+from .region import ONE_CLIP
+from .registry import CASES
 
 LONG = "c2d_r50_128x1/res3@224"
 SDPA = ("sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "sdpa_math")

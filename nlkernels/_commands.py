@@ -22,6 +22,19 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="section.key=value", help="replaces the file's value"
         )
+        if name == "train":
+            command.add_argument(
+                "--dry-run",
+                action="store_true",
+                help="check files, labels and weights, take two steps and a test batch, and say "
+                "which time, memory and disk space the training takes; writes nothing",
+            )
+        else:
+            command.add_argument(
+                "--measure-only",
+                action="store_true",
+                help="measure speed and memory on random clips, train nothing; needs no data",
+            )
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     _add_test(commands, names)
     _add_predict(commands)
@@ -31,9 +44,11 @@ def parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help=text, description=text)
     models.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="such as 'i3d*'")
     models.add_argument("--debug", action="store_true", help="show tracebacks")
+    _add_bench(commands)
     _add_verify(commands)
-    text = "show versions, devices, backends and settings"
+    text = "show versions, devices, backends, caches and settings"
     info = commands.add_parser("info", help=text, description=text)
+    info.add_argument("--json", action="store_true", help="print the report as JSON")
     info.add_argument("--debug", action="store_true", help="show tracebacks")
     return whole
 
@@ -131,6 +146,32 @@ def _add_verify(commands) -> None:
     verify.add_argument("--value-depth", type=int, metavar="V", help="channels of value, D if not")
     verify.add_argument("--json", action="store_true", help="print the report as JSON")
     verify.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def _add_bench(commands) -> None:
+    text = "measure an operation, a block or a network against every implementation present"
+    bench = commands.add_parser("bench", help=text, description=text)
+    add = bench.add_argument
+    add("target", nargs="?", help="softmax, gaussian, ... (see --list), block or model")
+    add("name", nargs="?", help="behind model: one of those that nlk models lists")
+    add("--list", action="store_true", help="say what can be measured")
+    add("--shape", metavar="SIZES", help="such as 2,12544,3136,256,256, or a registered name")
+    add("--taps", metavar="KT,KH,KW", help="weight of region (default: 3,7,7)")
+    add("--preset", metavar="NAME", help="system whose options a block has")
+    add("--kind", metavar="KIND", help="affinity of a block, or of a network's blocks")
+    add("--blocks", type=int, default=5, metavar="N", help="of a network (default: 5)")
+    add("--width", type=float, default=1.0, help="multiplier of a network's channels (default: 1)")
+    add("--channels-last", action="store_true", help="features in channels_last_3d")
+    add("--dtype", default="float32", help="float32, bfloat16, float16; several with commas")
+    add("--backward", action="store_true", help="also forward and backward, or a training step")
+    add("--providers", default="default", metavar="NAMES", help="all, default, or names")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--rounds", type=int, default=7, help="interleaved rounds (default: 7)")
+    add("--threads", type=int, metavar="N", help="CPU threads; torch's default if left out")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, metavar="FILE", help="write all measurements")
+    add("--png", type=Path, metavar="FILE", help="draw them; needs matplotlib")
+    add("--debug", action="store_true", help="show tracebacks")
 
 
 def _add_prepare(commands) -> None:

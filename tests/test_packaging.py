@@ -179,7 +179,9 @@ def _files_of_checkout() -> set[str]:
     found = set()
     for folder, target in MAPPED.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and path.suffix not in {".pyc", ".md", ".so"}:
+            # Results, and what runs on GPU machines, are those of the checkout.
+            kept = path.suffix == ".py" or folder != "benchmarks"
+            if path.is_file() and kept and path.suffix not in {".pyc", ".md", ".so"}:
                 found.add(f"{target}/{path.relative_to(ROOT / folder).as_posix()}")
     return found
 

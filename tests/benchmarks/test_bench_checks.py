@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_ops
 from benchmarks.checks import FACTORS, Judge, draw_sample, eager, step, truth_of
+from benchmarks.measure import make_operands, measure
 from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.registry import KINDS, Case, select_cases
 
@@ -19,7 +19,7 @@ def tiny(kind: str) -> Case:
 
 
 def operands_of(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return bench_ops.make_operands(case, dtype, CPU, seed=1)
+    return make_operands(case, dtype, CPU, seed=1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,7 +103,7 @@ def test_wrong_provider_is_refused(wrong: Callable[..., Tensor]) -> None:
     case = tiny("softmax")
     right = Provider("right", lambda kind: lambda *a: eager(*a, kind=kind), lambda *a: "")
     other = Provider("wrong", lambda kind: wrong, lambda *a: "")
-    rows = bench_ops.measure(case, [right, other], "float32", "forward_backward", CPU, rounds=1)
+    rows = measure(case, [right, other], "float32", "forward_backward", CPU, rounds=1)
     assert [row["status"] for row in rows] == ["ok", "refused"]
     assert "wrong: " in rows[1]["reason"]
     assert "time_ms" not in rows[1]
@@ -121,7 +121,7 @@ def test_wrong_side_of_the_kink_is_refused(kind: str) -> None:
 
     right = Provider("right", lambda kind: lambda *a: eager(*a, kind=kind), lambda *a: "")
     other = Provider("wrong", lambda kind: leaky, lambda *a: "")
-    rows = bench_ops.measure(case, [right, other], "float32", "forward_backward", CPU, rounds=1)
+    rows = measure(case, [right, other], "float32", "forward_backward", CPU, rounds=1)
     assert [row["status"] for row in rows] == ["ok", "refused"]
     assert "grad_query" in rows[1]["reason"]
 
@@ -129,7 +129,7 @@ def test_wrong_side_of_the_kink_is_refused(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["relu", "concat"])
 def test_every_provider_of_the_kind_is_right(kind: str) -> None:
     providers = [PROVIDERS[name] for name in ("naive", "tiled", "chunked", "auto", "sdpa_flash")]
-    rows = bench_ops.measure(tiny(kind), providers, "float32", "forward_backward", CPU, rounds=1)
+    rows = measure(tiny(kind), providers, "float32", "forward_backward", CPU, rounds=1)
     served = {row["provider"] for row in rows if row["status"] == "ok"}
     assert served == {"naive", "chunked", "auto"} | ({"tiled"} if kind == "concat" else set())
     assert {row["status"] for row in rows} == {"ok", "unserved"}
@@ -147,7 +147,7 @@ def test_provider_that_raises_is_reported() -> None:
         raise RuntimeError("no kernel image")
 
     provider = Provider("broken", lambda kind: broken, lambda *a: "")
-    (row,) = bench_ops.measure(tiny("softmax"), [provider], "float32", "forward", CPU, rounds=1)
+    (row,) = measure(tiny("softmax"), [provider], "float32", "forward", CPU, rounds=1)
     assert (row["status"], row["reason"]) == ("failed", "RuntimeError: no kernel image")
 
 
@@ -156,7 +156,7 @@ def test_unserved_case_is_not_run() -> None:
         raise AssertionError("an unserved case was run")
 
     provider = Provider("picky", lambda kind: never, lambda *a: "only on Sundays")
-    (row,) = bench_ops.measure(tiny("softmax"), [provider], "float32", "forward", CPU, rounds=1)
+    (row,) = measure(tiny("softmax"), [provider], "float32", "forward", CPU, rounds=1)
     assert (row["status"], row["reason"]) == ("unserved", "only on Sundays")
 
 
