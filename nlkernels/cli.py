@@ -17,6 +17,8 @@ from collections.abc import Sequence
 
 from nlkernels._commands import parser
 
+# Errors of a run that broke off whose messages say everything, by name as below.
+_EXPLAINED = ("NonFiniteError", "TimeoutError", "WorkerLostError")
 _NEEDED_BY_EXTRA = {"train": ("yaml", "matplotlib"), "video": ("decord", "av")}
 
 
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0, 1 for a run that broke off, 2 for a mistake of the user.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = parser().parse_args(argv)
+    arguments = _parsed(argv)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -45,12 +47,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if _is_mistake_of_the_user(error) else 1
 
 
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments; section.key=value may stand in front of options and behind them."""
+    whole = parser()
+    arguments, rest = whole.parse_known_args(argv)
+    behind = [text for text in rest if "=" in text and not text.startswith("-")]
+    if len(behind) < len(rest) or (behind and not hasattr(arguments, "overrides")):
+        whole.error(f"unrecognized arguments: {' '.join(rest)}")
+    if behind:
+        arguments.overrides = [*arguments.overrides, *behind]
+    return arguments
+
+
 def _train(arguments: argparse.Namespace, command: str) -> int:
     _require_extras()
     from nlkernels.training.config_file import load_config
+    from nlkernels.training.dry_run import dry_run
     from nlkernels.training.train import train_from_config
 
     config = load_config(arguments.config, arguments.overrides, command=arguments.command)
+    if arguments.dry_run:
+        return 1 if dry_run(config).problems else 0
     print(f"report: {train_from_config(config, command=command)}")
     return 0
 
@@ -106,7 +123,8 @@ def _compare(arguments: argparse.Namespace, command: str) -> int:
     from nlkernels.training.config_file import load_config
 
     config = load_config(arguments.config, arguments.overrides, command=arguments.command)
-    print(f"report: {compare_from_config(config, command=command)}")
+    path = compare_from_config(config, command=command, measure_only=arguments.measure_only)
+    print(f"report: {path}")
     return 0
 
 
@@ -167,10 +185,16 @@ def _models(arguments: argparse.Namespace, command: str) -> int:
     return 0
 
 
+def _bench(arguments: argparse.Namespace, command: str) -> int:
+    from nlkernels.benchmarks.bench_command import run
+
+    return run(arguments, command)
+
+
 def _info(arguments: argparse.Namespace, command: str) -> int:
     from nlkernels import info
 
-    info.main()
+    info.main(["--json"] if arguments.json else [])
     return 0
 
 
@@ -222,6 +246,7 @@ _COMMANDS = {
     "compare": _compare,
     "convert": _convert,
     "models": _models,
+    "bench": _bench,
     "verify": _verify,
     "info": _info,
 }
@@ -248,7 +273,7 @@ def _is_mistake_of_the_user(error: Exception) -> bool:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if _is_mistake_of_the_user(error) or type(error).__name__ in ("NonFiniteError", "TimeoutError"):
+    if _is_mistake_of_the_user(error) or type(error).__name__ in _EXPLAINED:
         return text
     # Nothing that we wrote a message for: say what it was and how to see more.
     return f"{type(error).__name__}: {text}; run again with --debug for the traceback"

@@ -145,7 +145,7 @@ class DataConfig:
     max_failed: float = 0.05
     """Share of training clips that may fail to decode before it is an error."""
     preload: bool = False
-    """Keep the decoded videos in memory."""
+    """Decode all videos at the start and keep them in memory (at most 1 GiB of each split)."""
 
 
 MINIMUM = {
@@ -188,10 +188,6 @@ _OF_LISTS = (
 )
 
 
-def _is_list(kind: str) -> bool:
-    return kind == "list"
-
-
 # (key that is ignored, key that decides, does the resolved value of that key ignore it?)
 IGNORED_WHEN: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("data.stride", "data.kind", lambda kind: kind == "synthetic"),
@@ -202,8 +198,8 @@ IGNORED_WHEN: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("data.seed", "data.kind", lambda kind: kind != "synthetic"),
     *((f"data.{name}", "data.split_by", lambda by: by == "folder") for name in _OF_TIME),
     ("data.timeout_s", "data.workers", lambda workers: workers == 0),
-    ("data.preload", "data.kind", _is_list),
     *((f"data.{name}", "data.kind", lambda kind: kind in _NOT_LISTS) for name in _OF_LISTS),
+    ("data.check", "data.preload", bool),
     *(
         (f"data.{name}", "data.reader", lambda reader: reader not in ("frames", "flow"))
         for name in ("template", "first_frame")

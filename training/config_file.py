@@ -18,6 +18,7 @@ import yaml
 from . import config_optim, config_run
 from .config import Config, check_values, known_keys, suggestion, value_of
 from .config_data import IGNORED_WHEN as IGNORED_WHEN_DATA
+from .config_data import check_training_data
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
@@ -32,7 +33,7 @@ _IGNORED_WHEN = (
 # Keys, or beginnings of keys, that a command does not look at.
 _IGNORED_BY = {
     "train": ("compare",),
-    "compare": ("run.seed", "run.colour_check", "model.weights"),
+    "compare": ("run.seed", "run.colour_check"),
     "test": ("model", "compare", "run.colour_check", "run.resume", "run.test_every"),
 }
 
@@ -77,6 +78,8 @@ def load_config(
         for depth in range(len(parents)):
             origins.setdefault(".".join(parents[: depth + 1]), "the command line")
     config = from_dict(tree, origins=origins)
+    if command != "test":
+        check_training_data(config.data)
     if config.run.out is None:
         run = dataclasses.replace(config.run, out=str(Path("runs") / path.stem))
         config = dataclasses.replace(config, run=run)

@@ -1,14 +1,14 @@
-"""Testing: accuracy over the fixed clips of the test videos, and a check that needs no network."""
+"""Tests of a training: accuracy and loss over the test videos; a check that needs no network."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .distributed import ALONE, Processes
-
-Batches = Iterable[tuple[Tensor, Tensor, Tensor]]
+from .scores import accuracy_of
+from .view_scores import Average, Views, add_views, merge
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,20 @@ class TestResult:
 
 def evaluate(
     model: nn.Module,
-    batches: Batches,
+    batches: Views,
     *,
     video_of: Callable[[int], int],
+    average: Average,
     device: torch.device,
     processes: Processes = ALONE,
 ) -> TestResult:
-    """Test a model; its softmax scores are averaged over the clips of each video.
+    """Test a model as ``nlk test`` does: the scores of a video are the mean over its views.
 
     Args:
         model: Gives logits (B, classes).
-        batches: Clips (B, C, T, H, W), labels (B,) and clip numbers (B,) of this process's videos.
-        video_of: Number of the video that a clip is of, by the clip's number.
+        batches: Views (B, C, T, H, W), labels (B,) and their numbers (B,) of this process's videos.
+        video_of: Number of the video that a view is of, by the view's number.
+        average: ``probabilities`` or ``logits``, see ``view_scores.py``.
         device: Where the model is.
         processes: Those that test together, each its own videos.
 
@@ -47,27 +49,20 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    parts = []
-    with torch.inference_mode():
-        for clips, truth, numbers in batches:
-            parts.append((numbers, truth, model(clips.to(device)).float().softmax(1).cpu()))
+    sums = add_views([model], batches, video_of=video_of, average=average, device=device)
     model.train(training)
     # Of a process with more peers than there are videos nothing comes.
-    gathered = [part for own in processes.gather(parts) for part in own]
-    numbers, labels, scores = (torch.cat(column) for column in zip(*gathered, strict=True))
-    order = numbers.argsort()
-    of_clips = torch.tensor([video_of(number) for number in numbers[order].tolist()])
-    _, places, counts = of_clips.unique(return_inverse=True, return_counts=True)
-    videos = scores.new_zeros(len(counts), scores.shape[1])
-    videos = videos.index_add(0, places, scores[order]) / counts.unsqueeze(1)
-    truth = labels.new_zeros(len(counts)).index_copy(0, places, labels[order])
+    videos = merge(processes.gather(sums)).values()
+    scores = torch.stack([video.means[0] for video in videos])
+    labels = torch.tensor([video.label for video in videos])
+    logs = scores.log_softmax(1) if average == "logits" else scores.clamp_min(1e-12).log()
     return TestResult(
-        accuracy=(videos.argmax(1) == truth).double().mean().item(),
-        loss=nn.functional.nll_loss(videos.clamp_min(1e-12).log(), truth).item(),
+        accuracy=accuracy_of(scores.float().numpy(), labels.numpy()).top1,
+        loss=nn.functional.nll_loss(logs, labels).item(),
     )
 
 
-def mean_colour_accuracy(train: Batches, test: Batches, *, num_classes: int) -> float:
+def mean_colour_accuracy(train: Views, test: Views, *, num_classes: int) -> float:
     """Accuracy of the nearest class mean of each clip's mean colour.
 
     A number to hold beside a network's accuracy on a handful of videos: where it is high, the clips
@@ -87,7 +82,7 @@ def mean_colour_accuracy(train: Batches, test: Batches, *, num_classes: int) -> 
     return (torch.cdist(colours, means).argmin(1) == labels).double().mean().item()
 
 
-def _mean_colours(batches: Batches) -> tuple[Tensor, Tensor]:
+def _mean_colours(batches: Views) -> tuple[Tensor, Tensor]:
     """Mean colours (clips, 3) and labels (clips,)."""
     colours, labels = [], []
     for clips, truth, _ in batches:

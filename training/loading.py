@@ -1,42 +1,32 @@
-"""From configuration to batches: data sets, the order of training clips, loaders with time-outs."""
+"""From configuration to clips: data sets of training and test, and the order of training clips."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import Sampler
 
 from nlkernels.models.classes import read_names
 
+from .batches import Batches
 from .config import Config
 from .config_data import DataConfig, view_side, view_size
 from .data.augment import Augmentation
 from .data.crops import TestCrops
-from .data.dataset import ClipDataset, DecodeRateError
-from .data.folder import FolderDataset
+from .data.dataset import ClipDataset
+from .data.folder import FolderDataset, class_folders
 from .data.frame_folders import Naming
 from .data.listed import ListDataset, ListFormat
 from .data.lists import Listing, direction_classes, numbered_names
 from .data.openers import FileOpener
-from .data.reader import VideoReadError, choose_reader
+from .data.reader import choose_reader
 from .data.samplers_segments import make_sampler
 from .data.synthetic import write_synthetic
 from .data.transforms import TestTransform, TrainTransform, Transform
-
-_CROPS = {
-    "centre": "centre crop {size} x {size}",
-    "three": "3 crops {size} x {size} along the longer side",
-    "three_random": "3 random crops {size} x {size}",
-    "five": "5 crops {size} x {size}",
-    "ten": "10 crops {size} x {size}, half of them mirrored",
-    "six_flip": "6 crops {size} x {size}, half of them mirrored",
-    "full": "whole frames of short side {side}",
-}
+from .view_scores import Average, average_of, protocol
 
 
 @dataclass(frozen=True)
@@ -47,8 +37,10 @@ class Data:
     """Random clips of the training videos."""
     test: ClipDataset
     """Fixed clips of the test videos; ``test.video_of`` says which video a clip is of."""
+    average: Average
+    """What the network's system averages over the views of a test video."""
     protocol: str
-    """How test clips are taken; belongs to every accuracy."""
+    """How test videos are scored; belongs to every accuracy."""
 
     @property
     def classes(self) -> list[str]:
@@ -58,11 +50,18 @@ class Data:
     @property
     def problems(self) -> list[dict[str, str]]:
         """Path and reason of every video that could not be used, or not always."""
-        reasons = dict(self.train.problems) | dict(self.test.problems)
-        for split in (self.train, self.test):
-            for path, count in split.decode_failures:
-                reasons[path] = f"{count} clips could not be decoded, others were taken"
-        return [{"path": str(path), "reason": reason} for path, reason in reasons.items()]
+        return problems_of(self.train, self.test)
+
+
+def problems_of(*splits: ClipDataset) -> list[dict[str, str]]:
+    """Path and reason of every video of data sets that could not be used, or not always."""
+    reasons: dict[str, str] = {}
+    for split in splits:
+        reasons |= dict(split.problems)
+    for split in splits:
+        for path, count in split.decode_failures:
+            reasons[path] = f"{count} clips could not be decoded, others were taken"
+    return [{"path": str(path), "reason": reason} for path, reason in reasons.items()]
 
 
 def load_data(config: Config, *, seed: int) -> Data:
@@ -77,19 +76,9 @@ def load_data(config: Config, *, seed: int) -> Data:
         ValueError: No readable video, fewer than two classes, or not ``model.num_classes``.
         ImportError: No decoder (or PyAV, for generated files) is installed.
     """
-    data = config.data
-    root = Path(config.run.out, "data") if data.root is None else Path(data.root)
-    if data.kind == "synthetic":
-        write_synthetic(
-            root,
-            train=data.train_files,
-            test=data.test_files,
-            seed=data.seed,
-            frames=data.frames,
-            size=data.size,
-        )
+    data, root = config.data, _root(config)
     if data.kind == "list":
-        train, test = _listed(data, seed)
+        train, test = _listed(data, seed, config.model.num_classes)
     else:
         train = _folder(data, root, seed, "train")
         test = _folder(data, root, seed, "test")
@@ -106,19 +95,48 @@ def load_data(config: Config, *, seed: int) -> Data:
             f"data: expected model.num_classes={wanted} classes in {root}, got "
             f"{len(train.classes)} ({names}); leave model.num_classes unset"
         )
-    return Data(train, test, _protocol(data, test))
+    name = config.model.name
+    average = average_of(name)
+    return Data(train, test, average, protocol(name, data, test.clips_per_video, average))
 
 
-def _protocol(data: DataConfig, test: ClipDataset) -> str:
-    views = test.views_per_video
-    if views is None:
-        clips = "all clips"
-    else:
-        count = views // test.transform.crops
-        clips = "1 clip" if count == 1 else f"{count} clips"
-    crops = _CROPS[data.test_crops].format(size=view_size(data), side=view_side(data))
-    rules = "" if data.sampler == data.crop_rule == "caffe2" else f" ({data.sampler})"
-    return f"{clips} of {data.frames} frames per video, {crops}{rules}"
+def load_test(config: Config, *, classes: Sequence[str] | None, num_classes: int) -> ClipDataset:
+    """The test clips alone, without training videos and, but for names of classes, their list.
+
+    Args:
+        config: Sections ``data`` and ``run``.
+        classes: Names of the classes of the network to be tested; None where nothing tells them.
+        num_classes: How many it tells apart.
+
+    Raises:
+        FileNotFoundError: No such folder or list.
+        ValueError: No readable video, or names of classes that neither the configuration, the
+            network nor the training list tells.
+        ImportError: No decoder (or PyAV, for generated files) is installed.
+    """
+    data, root = config.data, _root(config)
+    if data.kind == "list":
+        return _listed_test(data, config.run.seed, classes, num_classes)
+    names = None
+    if data.split_by == "folder" and not (root / "train").is_dir():
+        names = class_folders(root / "test") if classes is None else classes
+    return _folder(data, root, config.run.seed, "test", names)
+
+
+def _root(config: Config) -> Path:
+    """Folder of the videos, with the generated ones in it."""
+    data = config.data
+    root = Path(config.run.out, "data") if data.root is None else Path(data.root)
+    if data.kind == "synthetic":
+        write_synthetic(
+            root,
+            train=data.train_files,
+            test=data.test_files,
+            seed=data.seed,
+            frames=data.frames,
+            size=data.size,
+        )
+    return root
 
 
 def _transform(
@@ -138,7 +156,11 @@ def _transform(
 
 
 def _folder(
-    data: DataConfig, root: Path, seed: int, split: Literal["train", "test"]
+    data: DataConfig,
+    root: Path,
+    seed: int,
+    split: Literal["train", "test"],
+    classes: Sequence[str] | None = None,
 ) -> ClipDataset:
     synthetic = data.kind == "synthetic"
     clips = FolderDataset(
@@ -152,9 +174,12 @@ def _folder(
         ),
         transform=_transform(data, split, ()),
         seed=seed,
+        classes=classes,
         preload=data.preload,
         split_by="folder" if synthetic else data.split_by,
         holdout=data.holdout,
+        gap=data.gap,
+        parts=data.parts,
         reader=data.reader,
         child_timeout_s=data.decode_timeout_s if data.decode == "child" else None,
         max_failed=data.max_failed,
@@ -164,53 +189,105 @@ def _folder(
     return clips
 
 
-def _listed(data: DataConfig, seed: int) -> tuple[ClipDataset, ClipDataset]:
-    layout = ListFormat(
+def _listed(
+    data: DataConfig, seed: int, num_classes: int | None
+) -> tuple[ClipDataset, ClipDataset]:
+    layout = _layout(data)
+    train = layout.read(data.train_list, training=True)
+    test = layout.read(_test_list(data), training=False, classes=train.classes)
+    if data.class_names is not None:
+        classes = read_names(data.class_names)
+    else:
+        classes = numbered_names([train, test]) if train.classes is None else train.classes
+        if train.classes is None and num_classes is not None and num_classes > len(classes):
+            # Part of a data set: its last classes may have no video.
+            classes = [str(number) for number in range(num_classes)]
+    if len(classes) < 2:
+        raise ValueError(
+            f"data: expected at least two classes in {data.train_list}, got {len(classes)}; "
+            "check data.list_format"
+        )
+    return (
+        _list_dataset(data, seed, "train", train, classes),
+        _list_dataset(data, seed, "test", test, classes),
+    )
+
+
+def _listed_test(
+    data: DataConfig, seed: int, classes: Sequence[str] | None, num_classes: int
+) -> ClipDataset:
+    layout = _layout(data)
+    if data.class_names is not None:
+        classes = read_names(data.class_names)
+    elif data.list_format == "kinetics_csv" and _is_file(data.train_list):
+        # Its names are numbered by the training file; all other formats carry numbers or names.
+        classes = layout.read(data.train_list, training=True).classes
+    test = layout.read(_test_list(data), training=False, classes=classes)
+    if data.list_format == "kinetics_csv" and classes is None:
+        _check_own_names(data, test, num_classes)
+    if test.classes is not None:
+        classes = test.classes
+    elif classes is None:
+        classes = [str(number) for number in range(num_classes)]
+    return _list_dataset(data, seed, "test", test, classes)
+
+
+def _check_own_names(data: DataConfig, test: Listing, num_classes: int) -> None:
+    """Raise ValueError unless a test list numbers its classes as the training list does."""
+    if data.class_order == "alphabetical" and len(test.classes) == num_classes:
+        return
+    raise ValueError(
+        f"data: expected the names of {num_classes} classes in their order, got a test list with "
+        f"{len(test.classes)} and no training list; set data.class_names=FILE or data.train_list"
+    )
+
+
+def _is_file(path: str | None) -> bool:
+    return path is not None and Path(path).is_file()
+
+
+def _layout(data: DataConfig) -> ListFormat:
+    return ListFormat(
         data.list_format,
         separator=data.separator,
         path_template=data.path_template,
         class_order=data.class_order,
         ground_truth=data.ground_truth,
     )
-    train = layout.read(data.train_list, training=True)
-    test = layout.read(
-        data.train_list if data.test_list is None else data.test_list,
-        training=False,
-        classes=train.classes,
-    )
-    if data.class_names is not None:
-        classes = read_names(data.class_names)
-    else:
-        classes = numbered_names([train, test]) if train.classes is None else train.classes
-    if len(classes) < 2:
-        raise ValueError(
-            f"data: expected at least two classes in {data.train_list}, got {len(classes)}; "
-            "check data.list_format"
-        )
+
+
+def _test_list(data: DataConfig) -> str | None:
+    return data.train_list if data.test_list is None else data.test_list
+
+
+def _list_dataset(
+    data: DataConfig,
+    seed: int,
+    split: Literal["train", "test"],
+    listing: Listing,
+    classes: Sequence[str],
+) -> ClipDataset:
     if data.reader in ("frames", "flow"):
         opener = Naming(data.template, flow=data.reader == "flow", first=data.first_frame)
     else:
         inside = data.decode == "inside"
         opener = FileOpener(choose_reader(data.reader), None if inside else data.decode_timeout_s)
-
-    def split(name: Literal["train", "test"], listing: Listing) -> ClipDataset:
-        return ListDataset(
-            listing,
-            classes,
-            root="" if data.root is None else data.root,
-            training=name == "train",
-            sampler=make_sampler(
-                data.sampler, frames=data.frames, stride=data.stride, clips=data.test_clips
-            ),
-            transform=_transform(data, name, classes),
-            seed=seed,
-            opener=opener,
-            check="exists" if data.check == "auto" else data.check,
-            timeout_s=data.decode_timeout_s,
-            max_failed=data.max_failed,
-        )
-
-    return split("train", train), split("test", test)
+    return ListDataset(
+        listing,
+        classes,
+        root="" if data.root is None else data.root,
+        training=split == "train",
+        sampler=make_sampler(
+            data.sampler, frames=data.frames, stride=data.stride, clips=data.test_clips
+        ),
+        transform=_transform(data, split, classes),
+        seed=seed,
+        opener=opener,
+        check="exists" if data.check == "auto" else data.check,
+        preload=data.preload,
+        timeout_s=data.decode_timeout_s,
+        max_failed=data.max_failed,
+    )
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -248,115 +325,6 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
     def _order(self, epoch: int) -> list[int]:
         return np.random.default_rng([self._seed, epoch]).permutation(self._clips).tolist()
-
-
-class _Numbered(Dataset[tuple[Any, ...]]):
-    """Batches of a data set's clips and their numbers, drawn as in the epochs that a sampler names.
-
-    Args:
-        clips: Data set.
-        decoded: Give lists of frames and views in place of network input.
-    """
-
-    def __init__(self, clips: ClipDataset, *, decoded: bool) -> None:
-        self._clips, self._decoded = clips, decoded
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Any, ...]:
-        batch, frames, views, labels = None, [], [], []
-        for place, (epoch, number) in enumerate(keys):
-            self._clips.set_epoch(epoch)
-            video, view, label = self._clips.decoded(number)
-            labels.append(label)
-            if self._decoded:
-                frames.append(video)
-                views.append(view)
-                continue
-            if batch is None:
-                # Clips are rendered into it: putting them together afterwards copies them again.
-                batch = torch.empty(len(keys), *view.shape(video))
-                if get_worker_info() is not None:
-                    batch.share_memory_()
-            self._clips.transform.render(video, view, out=batch[place])
-        numbers = torch.tensor([number for _, number in keys])
-        if self._decoded:
-            return frames, views, torch.tensor(labels), numbers
-        return batch, torch.tensor(labels), numbers
-
-
-def _as_it_is(batch: tuple[Any, ...]) -> tuple[Any, ...]:
-    return batch
-
-
-class Batches:
-    """Clips (B, C, T, H, W), labels (B,) and clip numbers (B,), a batch per item of an order.
-
-    With ``data.augment_on: device`` clips are on ``run.device``, else on the CPU.
-
-    What goes wrong in a loader process arrives as an error of ours: TimeoutError for one that
-    hangs, VideoReadError for a video that fails again and again, DecodeRateError for too many.
-
-    Args:
-        clips: Data set.
-        order: (epoch, clip number) pairs of every batch.
-        config: Sections ``data`` and ``run``.
-    """
-
-    def __init__(
-        self,
-        clips: ClipDataset,
-        order: Sequence[list[tuple[int, int]]] | Sampler[list[tuple[int, int]]],
-        config: Config,
-    ) -> None:
-        workers = config.data.workers
-        self._render: Callable[..., Tensor] | None = None
-        if config.data.augment_on == "device":
-            self._render = clips.transform.render
-        self._device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu")
-            if config.run.device == "auto"
-            else config.run.device
-        )
-        self._loader = DataLoader(
-            _Numbered(clips, decoded=self._render is not None),
-            batch_sampler=order,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            # A hanging decoder is an error, not a hanging run.
-            timeout=config.data.timeout_s if workers > 0 else 0,
-            # Its own: a loader that starts draws a seed, and dropout must not notice a resumed run.
-            generator=torch.Generator(),
-            pin_memory=config.run.device != "cpu" and torch.cuda.is_available(),
-        )
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        try:
-            for batch in self._loader:
-                yield self._rendered(*batch) if self._render else tuple(batch)
-        except (VideoReadError, DecodeRateError) as error:
-            text = str(error)
-            if "Traceback (most recent call last)" not in text:
-                raise
-            # From a loader process comes the text of its traceback, which ends with the message.
-            # Its traceback here goes: it would keep the loader alive, and its processes waiting.
-            message = text.strip().splitlines()[-1].partition("Error: ")[2]
-            raise type(error)(message) from error.with_traceback(None)
-        except RuntimeError as error:
-            # DataLoader has no class of its own for a process that hangs.
-            if "timed out" not in str(error):
-                raise
-            raise TimeoutError(
-                f"data: expected a batch in time, got: {error}; a video may hang its decoder, "
-                "set data.decode=child or raise data.timeout_s"
-            ) from error
-
-    def _rendered(
-        self, frames: list[Tensor], views: list[Any], labels: Tensor, numbers: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        clips = [
-            self._render(one.to(self._device, non_blocking=True), view)
-            for one, view in zip(frames, views, strict=True)
-        ]
-        return torch.stack(clips), labels, numbers
 
 
 def training_batches(

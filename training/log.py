@@ -5,6 +5,7 @@ Whoever asks for them gets the same numbers in TensorBoard and Weights & Biases 
 
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ from typing import Any, Self, TextIO
 
 from .engine import StepRecord
 from .log_extras import Extra
+
+# Longest time between two readable lines, in seconds.
+_SILENCE_S = 30.0
 
 _TIMES = ("data_ms", "forward_ms", "backward_ms", "optimiser_ms")
 
@@ -30,7 +34,7 @@ class RunLog:
             step that it continues from is.
         steps: Length of the training, for the remaining time.
         name: Starts every readable line.
-        every: Steps between two readable lines.
+        every: Steps between two readable lines; long steps are shown after half a minute.
         start: Steps that were already taken.
         stream: Where readable lines go; standard output if unset.
         extras: Other places that get the numbers.
@@ -53,7 +57,7 @@ class RunLog:
         self._stream = sys.stdout if stream is None else stream
         self._steps, self._start, self._name, self._every = steps, start, name, every
         self._extras = extras
-        self._begun = time.perf_counter()
+        self._begun = self._shown = time.perf_counter()
         self._window: list[StepRecord] = []
 
     def __enter__(self) -> Self:
@@ -77,9 +81,11 @@ class RunLog:
         """Log a training step."""
         self.event("step", **dataclasses.asdict(record))
         self._window.append(record)
-        if record.step % self._every == 0 or record.step == self._steps:
+        due = record.step % self._every == 0 or record.step == self._steps
+        if due or time.perf_counter() - self._shown > _SILENCE_S:
             self._progress(record)
             self._window.clear()
+            self._shown = time.perf_counter()
 
     def event(self, event: str, **values: Any) -> None:
         """Log anything else; ``values`` must be plain and finite.
@@ -99,6 +105,11 @@ class RunLog:
             for extra in self._extras:
                 extra.write(values["step"], numbers)
 
+    def say(self, line: str) -> None:
+        """Print a line of its own."""
+        start = "\r\x1b[K" if self._stream.isatty() else ""
+        print(f"{start}{line}", file=self._stream, flush=True)
+
     def _progress(self, record: StepRecord) -> None:
         count = len(self._window)
         loss = sum(one.loss for one in self._window) / count
@@ -107,14 +118,17 @@ class RunLog:
         remaining_s = (self._steps - record.step) / rate
         width = len(str(self._steps))
         line = (
-            f"{self._name:<12} step {record.step:>{width}}/{self._steps}  loss {loss:.4f}  "
-            f"accuracy {accuracy:6.1%}  {rate:5.1f} steps/s  {self._split()}  "
-            f"{record.peak_mib:.0f} MiB  {_duration(remaining_s)} left"
+            f"{self._name:<12} step {record.step:>{width}}/{self._steps}  {duration(remaining_s)} "
+            f"left  loss {loss:.4f}  accuracy {accuracy:6.1%}  lr {record.lr:.3g}  {_rate(rate)}  "
+            f"{self._split()}  {record.peak_mib:.0f} MiB"
         )
         last = record.step == self._steps
         if self._stream.isatty():
-            # Carriage return, then "erase to the end of the line".
-            print(f"\r{line}\x1b[K", end="\n" if last else "", file=self._stream, flush=True)
+            # Carriage return, then "erase to the end of the line"; a wrapped one cannot be erased.
+            width = shutil.get_terminal_size().columns - 1
+            print(
+                f"\r{line[:width]}\x1b[K", end="\n" if last else "", file=self._stream, flush=True
+            )
         else:
             print(line, file=self._stream, flush=True)
 
@@ -128,6 +142,11 @@ class RunLog:
         )
         shares = "/".join(f"{100 * value / whole_ms:.0f}" for value in times.values())
         return f"{clips / whole_ms:.1f} clips/s  data/fwd/bwd/opt {shares}%"
+
+
+def _rate(steps_per_s: float) -> str:
+    """Steps per second; of slow ones as many digits as tell something."""
+    return f"{steps_per_s:5.1f} steps/s" if steps_per_s >= 1 else f"{steps_per_s:.3g} steps/s"
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
@@ -148,7 +167,7 @@ def _lines_until(path: Path, step: int) -> list[str]:
     return kept
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

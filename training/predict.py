@@ -30,7 +30,8 @@ from .data.views import View
 from .distributed import choose_device, require_one_process
 from .overlay import Drawing, Point, Window, files_of, save
 from .testing import check_average
-from .trained import Average, Trained, load_trained, read_sections, view_scores
+from .trained import Trained, load_trained, read_sections
+from .view_scores import Average, view_scores
 
 # Points that are drawn where none are asked for.
 POINTS = 3
@@ -111,7 +112,7 @@ def predict(
             metadata, or the report beside a checkpoint), and numbers where there are none.
         top: Number of guesses.
         average: ``probabilities`` or ``logits`` of the views; None is what the network's system
-            does, see ``testing.py``.
+            does, see ``view_scores.py``.
         attention: Name of the ``.png`` and the ``.gif`` file to write; None draws nothing.
         at: Points (t, y, x) to look from: frame of the clip, from 0, row and column in the pixels
             of the video's own frames. Without any, the `POINTS` places that the last block changes

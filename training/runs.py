@@ -40,8 +40,8 @@ class Run:
         return sum(last) / len(last)
 
 
-def prepare(config: Config, processes: Processes = ALONE) -> tuple[Path, torch.device]:
-    """Create the run folder with ``config.json`` in it; choose device and threads.
+def check_run(config: Config, processes: Processes = ALONE) -> torch.device:
+    """Look for mistakes that show before clips are read; choose device and threads.
 
     Raises:
         ValueError: An unknown or absent device, an unknown model or option of it, what cannot be
@@ -66,6 +66,13 @@ def prepare(config: Config, processes: Processes = ALONE) -> tuple[Path, torch.d
         raise ValueError(
             f"run: expected run.out to name a folder, got the file {out}; choose another name"
         )
+    return device
+
+
+def prepare(config: Config, processes: Processes = ALONE) -> tuple[Path, torch.device]:
+    """Create the run folder with ``config.json`` in it, after `check_run`, whose errors it has."""
+    device = check_run(config, processes)
+    out = Path(config.run.out)
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
@@ -80,7 +87,7 @@ def total_steps(config: Config, clips: int) -> int:
 
 
 def resumed_content(
-    config: Config, path: Path, processes: Processes = ALONE
+    config: Config, path: Path, processes: Processes = ALONE, *, tidy: bool = True
 ) -> dict[str, Any] | None:
     """The checkpoint that a training continues from, if any; its tensors are on the CPU.
 
@@ -92,6 +99,7 @@ def resumed_content(
         config: ``run.resume``.
         path: Where this training saves.
         processes: All of them call this.
+        tidy: Set an earlier run's checkpoints aside, and remove what killed processes left.
 
     Returns:
         What ``checkpoint.load`` returns; None starts anew.
@@ -106,11 +114,21 @@ def resumed_content(
     content = checkpoint.newest(path) if continues else None
     if content is None and named:
         content = checkpoint.load(resume)
-    if processes.first:
+    if processes.first and tidy:
         checkpoint.remove_leftovers(path)
         if not continues:
             checkpoint.set_aside(path, but=resume)
     return content
+
+
+def check_steps(taken: int, steps: int, config: Config) -> None:
+    """A finished training is tested again if it was looked for, and refused if it was named."""
+    named = config.run.resume not in (None, "auto")
+    if taken > steps or (taken == steps and named):
+        raise ValueError(
+            f"run: expected in run.resume a checkpoint of fewer than {steps} steps, got one of "
+            f"{taken}; raise optim.steps"
+        )
 
 
 def train_and_test(
@@ -157,18 +175,12 @@ def train_and_test(
         stop=stop,
     )
     if resumed is not None:
-        _check_steps(resumed["step"], steps, config)
+        check_steps(resumed["step"], steps, config)
         session.resume(resumed)
     test = session.run()
-    print(f"{name:<12} test accuracy {test.accuracy:.1%} after {session.train_s:.0f} s", flush=True)
+    print(
+        f"{name:<12} test accuracy {test.accuracy:.1%} after {session.train_s:.0f} s "
+        f"({data.protocol})",
+        flush=True,
+    )
     return Run(session.losses, test, session.train_s)
-
-
-def _check_steps(taken: int, steps: int, config: Config) -> None:
-    """A finished training is tested again if it was looked for, and refused if it was named."""
-    named = config.run.resume not in (None, "auto")
-    if taken > steps or (taken == steps and named):
-        raise ValueError(
-            f"run: expected in run.resume a checkpoint of fewer than {steps} steps, got one of "
-            f"{taken}; raise optim.steps"
-        )

@@ -67,10 +67,15 @@ class Scores:
             >>> Scores(["a", "b"], np.array([0, 1]), scores, names, "probabilities", "").accuracy()
             Accuracy(top1=0.5, top5=None)
         """
-        order = np.argsort(-self.scores, axis=1, kind="stable")[:, :_TOP]
-        right = order == self.labels[:, None]
-        more = self.scores.shape[1] > _TOP
-        return Accuracy(right[:, 0].mean().item(), right.any(1).mean().item() if more else None)
+        return accuracy_of(self.scores, self.labels)
+
+
+def accuracy_of(scores: np.ndarray, labels: np.ndarray) -> Accuracy:
+    """Top-1 and top-5 of scores (V, classes), float32, and labels (V,)."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :_TOP]
+    right = order == labels[:, None]
+    more = scores.shape[1] > _TOP
+    return Accuracy(right[:, 0].mean().item(), right.any(1).mean().item() if more else None)
 
 
 def combine(parts: Sequence[tuple[Scores, float]], names: Sequence[str]) -> Scores:

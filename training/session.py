@@ -7,7 +7,7 @@ had never been interrupted.
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .averages import moving_average, set_precise_norms
+from .batches import Batches
 from .config import Config
 from .distributed import ALONE, Processes, parallel
 from .engine import StepRecord, train
 from .evaluate import TestResult, evaluate
 from .freezing import freeze
-from .loading import Batches, Data, StepSampler
+from .loading import Data, StepSampler
 from .log import RunLog
 from .log_extras import open_extras
 from .optimisers import make_optimiser
@@ -47,6 +48,8 @@ class Session:
         stop: Signals that end the training.
 
     Attributes:
+        updater: Holds the model, without and with its other processes, and the optimiser.
+        average: Moving average of the model, if there is one.
         step: Steps taken.
         losses: Training losses of the steps taken here, behind the last ones of a resumed part.
         train_s: Wall-clock duration of the training here, with what it saves and tests on its way.
@@ -79,8 +82,8 @@ class Session:
         self._path = self._out / f"{name}.pt"
         self._stop = StopSignals() if stop is None else stop
         self._schedule = Schedule(optim, steps=steps, clips=len(data.train))
-        self._updater = Updater(parallel(model, device, processes), optimiser, optim, device)
-        self._average = None if optim.ema is None else moving_average(model, optim.ema)
+        self.updater = Updater(parallel(model, device, processes), optimiser, optim, device)
+        self.average = None if optim.ema is None else moving_average(model, optim.ema)
         self._log: RunLog | None = None
         self.step = 0
         self.losses: list[float] = []
@@ -98,7 +101,7 @@ class Session:
         Raises:
             ValueError: It belongs to another network, or to another optimiser.
         """
-        updater = self._updater
+        updater = self.updater
         options = [
             {key: value for key, value in group.items() if key != "params"}
             for group in updater.optimiser.param_groups
@@ -106,10 +109,10 @@ class Session:
         try:
             updater.model.load_state_dict(content["model"])
             updater.optimiser.load_state_dict(content["optimiser"])
-            if self._average is not None and content["average"] is not None:
-                self._average.load_state_dict(content["average"])
-            elif self._average is not None:
-                self._average.module.load_state_dict(content["model"])
+            if self.average is not None and content["average"] is not None:
+                self.average.load_state_dict(content["average"])
+            elif self.average is not None:
+                self.average.module.load_state_dict(content["model"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(
                 "run: expected in run.resume a checkpoint of this network, got another "
@@ -150,6 +153,39 @@ class Session:
             self._save()
             raise Stopped(f"step {self.step} of {self._steps}") from error
 
+    def rehearse(
+        self,
+        batches: Sequence[tuple[Tensor, Tensor, Tensor]],
+        on_step: Callable[[StepRecord], None],
+    ) -> None:
+        """Take the next steps of the training on these batches; nothing is saved or tested.
+
+        Args:
+            batches: Of this process, one for each step; `training_batches` gives them.
+            on_step: Called after every step with its record.
+
+        Raises:
+            NonFiniteError: The loss or a gradient is not finite.
+        """
+        train(
+            self.updater,
+            batches,
+            self._schedule,
+            steps=self.step + len(batches),
+            start=self.step,
+            on_step=lambda record, stop: on_step(record),
+            processes=self._processes,
+        )
+
+    def training_batches(self, count: int) -> Batches:
+        """Batches of this process for the next steps."""
+        return self._batches(steps=self.step + count, start=self.step, seed=self._seed)
+
+    def test_batches(self) -> tuple[Batches, int]:
+        """Batches of this process for a test, and how many they are."""
+        order = test_order(self._data.test, self._config, self._processes)
+        return Batches(self._data.test, order, self._config), len(order)
+
     def _run(self) -> TestResult:
         self._event("start", seed=self._seed, start=self.step, steps=self._steps)
         begun = time.perf_counter()
@@ -157,7 +193,7 @@ class Session:
             self._settle_norms()
             self._test_on_the_way()
         train(
-            self._updater,
+            self.updater,
             self._batches(steps=self._steps, start=self.step, seed=self._seed),
             self._schedule,
             steps=self._steps,
@@ -176,8 +212,8 @@ class Session:
         run = self._config.run
         self.step = record.step
         self.losses.append(record.loss)
-        if self._average is not None:
-            self._average.update_parameters(self._updater.model)
+        if self.average is not None:
+            self.average.update_parameters(self.updater.model)
         if self._log is not None:
             self._log.step(record)
         if stop:
@@ -194,30 +230,25 @@ class Session:
 
     def _due(self, every: int | None) -> bool:
         """Whether something that happens every so often comes behind the last step."""
-        if every is None:
-            return False
-        if self._config.run.unit == "step":
-            return self.step % every == 0
-        # A pass ends within this step or with it.
         batch, clips = self._config.optim.batch, len(self._data.train)
-        return self.step * batch // (every * clips) > (self.step - 1) * batch // (every * clips)
+        return due(self.step, every, self._config.run.unit, batch=batch, clips=clips)
 
     def _save(self) -> None:
         rng = self._processes.gather(checkpoint.rng_state())
         if not self._processes.first:
             return
-        average = self._average
+        average = self.average
         checkpoint.save(
             self._path,
-            model=self._updater.model,
-            optimiser=self._updater.optimiser,
+            model=self.updater.model,
+            optimiser=self.updater.optimiser,
             step=self.step,
             config=self._config,
             more={
                 "average": None if average is None else average.state_dict(),
                 "position": self._position(),
                 "schedule": self._schedule.state_dict(),
-                "updates": self._updater.state_dict(),
+                "updates": self.updater.state_dict(),
                 "rng": rng,
                 "losses": self.losses[-checkpoint.LOSSES :],
             },
@@ -225,17 +256,23 @@ class Session:
         )
 
     def _test_on_the_way(self) -> None:
-        self._schedule.tested(self._test().loss)
+        test = self._test()
+        self._schedule.tested(test.loss)
+        if self._log is not None:
+            self._log.say(
+                f"{self._name:<12} test accuracy {test.accuracy:.1%} behind step {self.step} "
+                f"({self._data.protocol})"
+            )
 
     def _test(self) -> TestResult:
         """Test the model, or the average of its weights if there is one."""
-        model, data = self._tested_model(), self._data
+        model, data = self.tested_model, self._data
         self._processes.share(model)
-        order = test_order(data.test, self._config, self._processes)
         test = evaluate(
             model,
-            self._interruptible(Batches(data.test, order, self._config)),
+            self._interruptible(self.test_batches()[0]),
             video_of=data.test.video_of,
+            average=data.average,
             device=self._device,
             processes=self._processes,
         )
@@ -253,9 +290,9 @@ class Session:
         optim = self._config.optim
         if optim.precise_norms == 0:
             return
-        models = [self._updater.model]
-        if self._average is not None:
-            models.append(self._average.module)
+        models = [self.updater.model]
+        if self.average is not None:
+            models.append(self.average.module)
         for model in models:
             # Other clips than those of the next steps, always the same ones.
             batches = self._batches(steps=optim.precise_norms, start=0, seed=self._seed + 1)
@@ -287,8 +324,10 @@ class Session:
                 return
             yield batch
 
-    def _tested_model(self) -> nn.Module:
-        return self._updater.model if self._average is None else self._average.module
+    @property
+    def tested_model(self) -> nn.Module:
+        """The model, or the average of its weights if there is one."""
+        return self.updater.model if self.average is None else self.average.module
 
     def _position(self) -> dict[str, int]:
         """The position in the data behind the last step."""
@@ -316,6 +355,24 @@ class Session:
     def _event(self, event: str, **values: Any) -> None:
         if self._log is not None:
             self._log.event(event, **values)
+
+
+def due(step: int, every: int | None, unit: str, *, batch: int, clips: int) -> bool:
+    """Whether something that happens every so often comes behind a step.
+
+    Args:
+        step: Number of the step, from 1.
+        every: Distance of two times; None is never.
+        unit: Of ``every``: ``step`` or ``epoch``.
+        batch: Clips per step.
+        clips: Clips of a pass.
+    """
+    if every is None:
+        return False
+    if unit == "step":
+        return step % every == 0
+    # A pass ends within this step or with it.
+    return step * batch // (every * clips) > (step - 1) * batch // (every * clips)
 
 
 def _warn_of_another_order(saved: Mapping[str, int] | None, own: Mapping[str, int]) -> None:

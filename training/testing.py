@@ -1,34 +1,25 @@
 """``nlk test``: accuracy of trained networks over all views of the test videos, and ensembles.
 
-The scores of a video are the mean over its views (clips x crops) of probabilities or of logits.
-What published systems average is the default for their networks:
-
-- logits: Tushar-N/pytorch-resnet3d, TSM, RNL, and kinetics_i3d_pytorch, which sums them;
-- probabilities: all others, and our own networks. Networks of video-nonlocal-net and PySlowFast
-  take the softmax at every location of the last map first (2 x 2 of them where crops have 256
-  pixels, more with ``data.test_crops=full``), then the mean over locations, then over views.
-
-Sums over views, which some systems take, rank classes as means do.
+What is averaged over views, and by which systems, is in ``view_scores.py``.
 """
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nlkernels.models.classes import class_rows
 
+from .batches import Batches
 from .config import Config
 from .data.dataset import ClipDataset
 from .distributed import Processes, choose_device, joined
-from .evaluate import Batches as Clips
-from .loading import Batches, Data, load_data
-from .report import data_lines
+from .loading import load_test, problems_of
+from .report import problem_lines
 from .scores import (
     Accuracy,
     Scores,
@@ -39,74 +30,11 @@ from .scores import (
     write_scores,
 )
 from .sharding import test_order
-from .trained import AVERAGES, Average, Trained, load_trained, view_scores
+from .trained import Trained, load_trained
+from .view_scores import AVERAGES, Average, Sum, add_views, merge
 
 # Seconds between two lines of progress.
 _PROGRESS_S = 10.0
-
-
-@dataclass
-class Sum:
-    """What has been added up of one video.
-
-    Attributes:
-        label: Its class.
-        views: How many views.
-        scores: (networks, classes), float64, the sum over them.
-    """
-
-    label: int
-    views: int
-    scores: Tensor
-
-
-def add_views(
-    models: Sequence[nn.Module],
-    batches: Clips,
-    *,
-    video_of: Callable[[int], int],
-    average: Average,
-    device: torch.device,
-) -> dict[int, Sum]:
-    """Scores of every video, summed over its views.
-
-    Args:
-        models: Networks in evaluation mode, on ``device``.
-        batches: Views (B, C, T, H, W), labels (B,) and their numbers (B,) of this process's videos.
-        video_of: Number of the video that a view is of.
-        average: ``probabilities`` or ``logits``.
-        device: Where the networks are.
-
-    Returns:
-        By number of the video.
-    """
-    sums: dict[int, Sum] = {}
-    with torch.inference_mode():
-        for clips, labels, numbers in batches:
-            clips = clips.to(device)
-            scores = torch.stack([view_scores(model, clips, average) for model in models], 1)
-            for number, label, one in zip(
-                numbers.tolist(), labels.tolist(), scores.double().cpu(), strict=True
-            ):
-                video = sums.setdefault(video_of(number), Sum(label, 0, torch.zeros_like(one)))
-                video.views += 1
-                video.scores += one
-    return sums
-
-
-def merge(parts: Iterable[Mapping[int, Sum]]) -> dict[int, Sum]:
-    """What all processes have added up; each video belongs to one of them.
-
-    Raises:
-        RuntimeError: A video was tested by two processes.
-    """
-    merged: dict[int, Sum] = {}
-    for part in parts:
-        twice = merged.keys() & part.keys()
-        if twice:
-            raise RuntimeError(f"test: expected every video in one process, got {min(twice)} twice")
-        merged.update(part)
-    return merged
 
 
 def run_test(
@@ -167,26 +95,27 @@ def _run(
     networks = [load_trained(path, device) for path, _ in weighted]
     average = _average(networks, average)
     with processes.first_alone():
-        data = load_data(config, seed=config.run.seed)
-    print("\n".join(data_lines(data)), flush=True)
+        test = load_test(config, classes=networks[0].classes, num_classes=networks[0].num_classes)
+    print(f"{len(test.classes)} classes ({', '.join(test.classes)}), {len(test)} test clips")
+    print("\n".join(problem_lines(problems_of(test))), flush=True)
     for network in networks:
-        _check_network(network, data, config)
+        _check_network(network, test.classes, config)
 
-    order = test_order(data.test, config, processes)
+    order = test_order(test, config, processes)
     clips = sum(len(batch) for batch in order)
-    batches = _progressing(Batches(data.test, order, config), clips)
+    batches = _progressing(Batches(test, order, config), clips)
     sums = add_views(
         [network.model for network in networks],
         batches,
-        video_of=data.test.video_of,
+        video_of=test.video_of,
         average=average,
         device=device,
     )
     merged = merge(processes.gather(sums))
-    missing = set(range(data.test.num_videos)) - merged.keys()
+    missing = set(range(test.num_videos)) - merged.keys()
     if missing:
         raise RuntimeError(f"test: expected the scores of every video, got none of {min(missing)}")
-    parts = _scores(merged, networks, data, config, average)
+    parts = _scores(merged, networks, test, config, average)
     lines = [
         f"{path}: {part.accuracy()} of {len(part.videos)} videos ({part.protocol})"
         for (path, _), part in zip(weighted, parts, strict=True)
@@ -258,11 +187,11 @@ def _average(networks: Sequence[Trained], average: Average | None) -> Average:
     return next(iter(own))
 
 
-def _check_network(network: Trained, data: Data, config: Config) -> None:
+def _check_network(network: Trained, classes: Sequence[str], config: Config) -> None:
     """Raise ValueError unless a network tells the classes of a data set apart, in its order."""
-    if network.num_classes != len(data.classes):
+    if network.num_classes != len(classes):
         raise ValueError(
-            f"test: expected a network of {len(data.classes)} classes, as the data set has, got "
+            f"test: expected a network of {len(classes)} classes, as the data set has, got "
             f"{network.num_classes} in {network.path}; test it on the data that it was trained "
             "for, or take classes with nlk convert --classes"
         )
@@ -276,14 +205,14 @@ def _check_network(network: Trained, data: Data, config: Config) -> None:
     if network.classes is None:
         return
     try:
-        rows = class_rows(network.classes, data.classes)
+        rows = class_rows(network.classes, classes)
     except ValueError:
         return  # numbers, or other names for the same classes
     if rows != list(range(len(rows))):
         first = next(place for place, row in enumerate(rows) if row != place)
         raise ValueError(
             f"test: expected the classes of {network.path} in the order of the data set, got "
-            f"{network.classes[first]!r} as class {first} in place of {data.classes[first]!r}; "
+            f"{network.classes[first]!r} as class {first} in place of {classes[first]!r}; "
             "reorder them with nlk convert --classes THEIRS OURS"
         )
 
@@ -291,16 +220,14 @@ def _check_network(network: Trained, data: Data, config: Config) -> None:
 def _scores(
     merged: Mapping[int, Sum],
     networks: Sequence[Trained],
-    data: Data,
+    test: ClipDataset,
     config: Config,
     average: Average,
 ) -> list[Scores]:
     """Mean scores of every network."""
-    numbers = sorted(merged)
-    names = _names(data.test, config)
-    means = torch.stack([merged[number].scores / merged[number].views for number in numbers])
-    views = data.test.views_per_video
-    clips = None if views is None else views // data.test.transform.crops
+    numbers = list(merged)
+    names = _names(test, config)
+    means = torch.stack([merged[number].means for number in numbers])
     found = []
     for place, network in enumerate(networks):
         own = means[:, place]
@@ -315,9 +242,9 @@ def _scores(
                 [names[number] for number in numbers],
                 np.array([merged[number].label for number in numbers], np.int64),
                 own.float().numpy(),
-                list(data.classes),
+                list(test.classes),
                 average,
-                network.protocol(config.data, clips, average),
+                network.protocol(config.data, test.clips_per_video, average),
             )
         )
     return found
@@ -332,10 +259,13 @@ def _names(test: ClipDataset, config: Config) -> list[str]:
     root = config.data.root
     if root is None and config.data.kind == "synthetic":
         root = Path(config.run.out, "data")
-    paths = [Path(video.path) for video in test.videos]
-    if root is None:
-        return [str(path) for path in paths]
-    return [str(path.relative_to(root) if path.is_relative_to(root) else path) for path in paths]
+    names = []
+    for video in test.videos:
+        path = Path(video.path)
+        below = root is not None and path.is_relative_to(root)
+        name = str(path.relative_to(root) if below else path)
+        names.append(f"{name}, {video.part}" if video.part else name)
+    return names
 
 
 def _progressing(

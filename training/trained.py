@@ -9,39 +9,22 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nlkernels.models import files
-from nlkernels.models.registry import registered
 from nlkernels.models.weights import NAME, open_weights
 from nlkernels.models.zoo import describe
 
-from . import checkpoint
+from . import checkpoint, view_scores
 from .config import Config
-from .config_data import DataConfig, view_side, view_size
+from .config_data import DataConfig
 from .config_file import from_dict
 from .variants import build_model
+from .view_scores import Average
 
-Average = Literal["probabilities", "logits"]
-AVERAGES: tuple[Average, ...] = ("probabilities", "logits")
-
-# Systems whose tests average the logits of the views; all others average probabilities.
-LOGITS_SYSTEMS = ("tushar", "tsm", "rnl", "hassony2")
-# Systems whose softmax is taken at every location of the last map (`probabilities` of the models).
-_LOCATION_SYSTEMS = ("caffe2", "slowfast")
-
-_CROPS = {
-    "centre": "1 centre crop of {size}",
-    "three": "3 crops of {size}",
-    "three_random": "3 random crops of {size}",
-    "five": "5 crops of {size}",
-    "ten": "10 crops of {size}",
-    "six_flip": "6 crops of {size}, half of them mirrored",
-    "full": "whole frames of short side {side}",
-}
 # What a checkpoint's section data says about clips, wherever the videos are.
 _CLIP_KEYS = (
     "frames",
@@ -107,25 +90,11 @@ class Trained:
     @property
     def average(self) -> Average:
         """What its system averages over views."""
-        return "logits" if registered(self.name).system in LOGITS_SYSTEMS else "probabilities"
+        return view_scores.average_of(self.name)
 
     def protocol(self, data: DataConfig, clips: int | None, average: Average) -> str:
-        """How an accuracy is measured, in a line that belongs beside it.
-
-        Args:
-            data: Options of the test.
-            clips: Of every video; None where their numbers differ.
-            average: What is averaged over views.
-
-        Returns:
-            Such as "10 clips x 3 crops of 256, probabilities averaged".
-        """
-        count = "all clips" if clips is None else "1 clip" if clips == 1 else f"{clips} clips"
-        crops = _CROPS[data.test_crops].format(size=view_size(data), side=view_side(data))
-        at_locations = registered(self.name).system in _LOCATION_SYSTEMS
-        softmax = "softmax at every location, " if at_locations else ""
-        softmax = softmax if average == "probabilities" else ""
-        return f"{count} x {crops}, {softmax}{average} averaged"
+        """How an accuracy of it is measured: `view_scores.protocol` of its name."""
+        return view_scores.protocol(self.name, data, clips, average)
 
 
 def load_trained(path: str | Path, device: torch.device | str = "cpu") -> Trained:
@@ -162,21 +131,6 @@ def load_trained(path: str | Path, device: torch.device | str = "cpu") -> Traine
     trained = _from_training(path) if zipfile.is_zipfile(path) else _from_weights(path)
     trained.model.float().eval().to(device)
     return trained
-
-
-def view_scores(model: nn.Module, clips: Tensor, average: Average) -> Tensor:
-    """Scores (B, classes), float32, of views (B, C, T, H, W), to be averaged.
-
-    Args:
-        model: In evaluation mode.
-        clips: On its device.
-        average: ``logits`` of ``forward``, or probabilities: the model's own where it has a method
-            ``probabilities``, which takes the softmax at every location where its system does.
-    """
-    if average == "logits":
-        return model(clips).float()
-    own = getattr(model, "probabilities", None)
-    return (model(clips).softmax(1) if own is None else own(clips)).float()
 
 
 def read_sections(*, origins: Mapping[str, str] | None = None, **sections: Any) -> Config:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from nlkernels.training.config_data import DataConfig
+from nlkernels.training.config import Config
+from nlkernels.training.config_data import DataConfig, view_side, view_size
 from nlkernels.training.data.frame_folders import Naming
 
 FRAMES, HEIGHT, WIDTH = 20, 40, 56
@@ -107,3 +108,42 @@ def write_lists(folder: Path, videos: Path, data: DataConfig) -> dict[str, str]:
         path.write_text("\n".join(text) + "\n")
         found[f"{split}_list"] = str(path)
     return found
+
+
+def in_small(config: Config, folder: Path) -> list[str]:
+    """Overrides: an eighth of the width, at most 16 frames of 32 pixels, a miniature data set."""
+    data, optim = config.data, config.optim
+    videos = folder / "videos"
+    if data.reader in ("frames", "flow"):
+        write_images(videos, Naming(data.template, flow=data.reader == "flow"))
+    else:
+        write_videos(videos)
+    lists = write_lists(folder, videos, data)
+    # Frames keep their size beside the windows, where they are larger.
+    sides = [max(32, side * 32 // 224) for side in data.short_side]
+    whole = view_side(data) == view_size(data)
+    overrides = [
+        "model.width=0.125",
+        "model.num_classes=null",
+        *(f"data.{key}={value}" for key, value in lists.items()),
+        f"data.frames={min(16, data.frames)}",
+        "data.size=32",
+        "data.test_size=32",
+        f"data.short_side={sides}",
+        f"data.test_short_side={32 if whole else max(32, view_side(data) * 32 // 224)}",
+        "data.workers=0",
+        "optim.steps=2",
+        "optim.epochs=null",
+        f"optim.batch={2 * optim.accumulate}",
+        "optim.sync_norms=false",
+        "run.device=cpu",
+        "run.threads=1",
+        "run.unit=step",
+        "run.checkpoint_every=1",
+        "run.keep=2",
+    ]
+    if optim.precise_norms:
+        overrides.append("optim.precise_norms=2")
+    if config.run.test_every:
+        overrides.append("run.test_every=1")
+    return overrides

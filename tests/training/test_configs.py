@@ -14,22 +14,20 @@ import torch
 from nlkernels.cli import main
 from nlkernels.models.zoo import describe
 from nlkernels.training import checkpoint
-from nlkernels.training.config import Config
-from nlkernels.training.config_data import FIXED_CLIPS, view_side, view_size
+from nlkernels.training.config_data import FIXED_CLIPS, view_size
 from nlkernels.training.config_file import (
     ConfigWarning,
     find_config,
     load_config,
     packaged_configs,
 )
-from nlkernels.training.data.child import ChildReader
 from nlkernels.training.data.crops import COUNTS
-from nlkernels.training.data.frame_folders import Naming
 from nlkernels.training.freezing import freeze
 from nlkernels.training.optimisers import make_optimiser
 from nlkernels.training.runs import total_steps
 from nlkernels.training.schedules import Schedule
 from nlkernels.training.variants import build_model
+from nlkernels.training.view_scores import LOGITS_SYSTEMS
 from tests.training import miniature
 from tests.training.published import (
     ACCURACIES,
@@ -43,15 +41,6 @@ from tests.training.published import (
 )
 
 OWN = {"demo", "demo_videos", "evidence", "smoke"}
-
-
-@pytest.fixture
-def one_thread():
-    """Of networks as small as these, threads cost more than they give; no child outlives a test."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    ChildReader.stop_children()
 
 
 def test_every_published_configuration_is_tested():
@@ -148,51 +137,12 @@ def _check_comment(name, config, model):
     assert view_size(data) == int(views[4] or view_size(data))
 
 
-def _in_small(config: Config, folder) -> list[str]:
-    """Overrides: an eighth of the width, at most 16 frames of 32 pixels, a miniature data set."""
-    data, optim = config.data, config.optim
-    videos = folder / "videos"
-    if data.reader in ("frames", "flow"):
-        miniature.write_images(videos, Naming(data.template, flow=data.reader == "flow"))
-    else:
-        miniature.write_videos(videos)
-    lists = miniature.write_lists(folder, videos, data)
-    # Frames keep their size beside the windows, where they are larger.
-    sides = [max(32, side * 32 // 224) for side in data.short_side]
-    whole = view_side(data) == view_size(data)
-    overrides = [
-        "model.width=0.125",
-        "model.num_classes=null",
-        *(f"data.{key}={value}" for key, value in lists.items()),
-        f"data.frames={min(16, data.frames)}",
-        "data.size=32",
-        "data.test_size=32",
-        f"data.short_side={sides}",
-        f"data.test_short_side={32 if whole else max(32, view_side(data) * 32 // 224)}",
-        "data.workers=0",
-        "optim.steps=2",
-        "optim.epochs=null",
-        f"optim.batch={2 * optim.accumulate}",
-        "optim.sync_norms=false",
-        "run.device=cpu",
-        "run.threads=1",
-        "run.unit=step",
-        "run.checkpoint_every=1",
-        "run.keep=2",
-    ]
-    if optim.precise_norms:
-        overrides.append("optim.precise_norms=2")
-    if config.run.test_every:
-        overrides.append("run.test_every=1")
-    return overrides
-
-
 @pytest.mark.gate
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_published_configurations_run_in_small(name, tmp_path, capsys):
     config = load_config(name)
-    argv = ["train", name, *_in_small(config, tmp_path)]
+    argv = ["train", name, *miniature.in_small(config, tmp_path)]
     assert main([*argv, f"run.out={tmp_path / 'whole'}"]) == 0
     saved = tmp_path / "whole" / "model-00000001.pt"
     assert main([*argv, f"run.out={tmp_path / 'parts'}", f"run.resume={saved}"]) == 0
@@ -216,9 +166,12 @@ def test_published_configurations_run_in_small(name, tmp_path, capsys):
     if data.sampler == "inception_val":
         clips = "10 clips"  # every second start of 20 frames, in place of three
     assert (data.sampler in FIXED_CLIPS) == (data.sampler in ("tsm_twice", "mmaction_segments"))
-    crops = {"centre": "centre crop", "three": "3 crops", "ten": "10 crops"}[data.test_crops]
-    frames = min(16, data.frames)
-    assert test["protocol"].startswith(f"{clips} of {frames} frames per video, {crops} 32 x 32")
+    crops = {"centre": "1 centre crop", "three": "3 crops", "ten": "10 crops"}[data.test_crops]
+    logits = describe(config.model.name).system in LOGITS_SYSTEMS
+    scores = "logits" if logits else "probabilities"
+    if name.startswith(("c2_", "slowfast")):
+        scores = f"softmax at every location, {scores}"
+    assert test["protocol"] == f"{clips} x {crops} of 32, {scores} averaged"
 
 
 def _tests(out):

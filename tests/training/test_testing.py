@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,16 +19,18 @@ from nlkernels.models import create_model
 from nlkernels.models.registry import registered
 from nlkernels.models.weights import save_weights
 from nlkernels.training import checkpoint
+from nlkernels.training.batches import Batches
 from nlkernels.training.config import DataConfig, to_dict
 from nlkernels.training.config_file import from_dict, load_config
 from nlkernels.training.data.synthetic import write_synthetic
 from nlkernels.training.distributed import Processes
-from nlkernels.training.loading import Batches, load_data
+from nlkernels.training.loading import load_data
 from nlkernels.training.scores import Accuracy, Scores, combine, read_scores, write_scores
 from nlkernels.training.sharding import test_order as order_of
-from nlkernels.training.testing import add_views, merge, run_combination
+from nlkernels.training.testing import run_combination
 from nlkernels.training.testing import run_test as run
-from nlkernels.training.trained import LOGITS_SYSTEMS, Trained, load_trained
+from nlkernels.training.trained import Trained, load_trained
+from nlkernels.training.view_scores import LOGITS_SYSTEMS, add_views, merge
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -363,6 +366,19 @@ def test_mistakes_are_one_line(generated, networks, tmp_path, capsys):
     assert "expected a folder" in line
     for wrong in (["smoke"], ["smoke", "--scores", "a.npz"], ["--weights", "a.pt"]):
         assert "expected CONFIG --weights FILE ..., or --scores" in errors(capsys, *wrong)
+
+
+def test_a_folder_of_test_videos_is_enough(generated, networks, tmp_path, capsys):
+    shutil.copytree(generated / "test", tmp_path / "videos" / "test")
+    options = ["data.kind=folder", "data.preload=false", f"data.root={tmp_path / 'videos'}"]
+    dumps = [tmp_path / "all.npz", tmp_path / "alone.npz"]
+    both = [*argv(generated), *options[:2]]
+    assert main(["test", *both, "--weights", str(networks[0]), "--dump", str(dumps[0])]) == 0
+    weights = ["--weights", str(networks[0]), "--dump", str(dumps[1])]
+    assert main(["test", *both, options[2], *weights]) == 0
+    whole, alone = map(read_scores, dumps)
+    assert whole.classes == alone.classes == ["different", "same"]
+    assert whole.videos == alone.videos and (whole.scores == alone.scores).all()
 
 
 @pytest.mark.gate

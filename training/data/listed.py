@@ -12,10 +12,10 @@ from .dataset import ClipDataset, Video
 from .frame_folders import FrameFolder, Naming
 from .lists import Listing, Record, read_text_list
 from .lmdb_list import read_lmdb
-from .openers import FileOpener, ImageOpener
+from .openers import FileOpener, ImageOpener, MemoryOpener
 from .reader import VideoReadError
 from .samplers import Sampler
-from .scan import scan_videos
+from .scan import ScannedVideo, check_kept, scan_videos
 from .transforms import Transform
 
 
@@ -82,11 +82,14 @@ class ListDataset(ClipDataset):
         opener: `FileOpener`, or the `Naming` of the images of folders.
         check: What is tried with every video first: ``none``, whether it ``exists``, or to
             ``decode`` three frames of it; what fails is left out and listed.
+        preload: Decode every video once, here, and keep the frames in memory; loader processes
+            share it.
+        preload_limit_mib: Most memory for preloaded frames, in MiB.
         timeout_s: Longest time for trying one file, in seconds.
         max_failed: Share of the training clips that may fail, from 0 to 1.
 
     Raises:
-        ValueError: No usable video, or a label without a class.
+        ValueError: No usable video, a label without a class, or frames beyond the memory limit.
     """
 
     def __init__(
@@ -101,6 +104,8 @@ class ListDataset(ClipDataset):
         seed: int,
         opener: FileOpener | Naming,
         check: Literal["none", "exists", "decode"] = "exists",
+        preload: bool = False,
+        preload_limit_mib: float = 1024.0,
         timeout_s: float = 30.0,
         max_failed: float = 0.05,
     ) -> None:
@@ -108,14 +113,25 @@ class ListDataset(ClipDataset):
             if record.label >= len(classes):
                 raise ValueError(
                     f"data: expected labels below {len(classes)}, the number of classes, got "
-                    f"{record.label} of {record.path}; check data.class_names"
+                    f"{record.label} of {record.path}; check data.class_names, and in a test that "
+                    "the network is one of these classes"
                 )
         root = os.fspath(root)
+        limit_mib = preload_limit_mib if preload else None
         if isinstance(opener, Naming):
-            videos, problems = _folders(listing.records, root, opener, check, sampler.by_length)
+            count = preload or sampler.by_length
+            videos, problems = _folders(listing.records, root, opener, check, count)
             opener = ImageOpener(root, opener)
+            if limit_mib is not None:
+                videos, kept, broken = _read(videos, opener, limit_mib)
+                problems, opener = problems + broken, MemoryOpener(kept)
+        elif limit_mib is not None or check == "decode":
+            videos, scanned, problems = _scanned(
+                listing.records, root, opener.reader, timeout_s, limit_mib
+            )
+            opener = opener if limit_mib is None else MemoryOpener(scanned)
         else:
-            videos, problems = _files(listing.records, root, opener.reader, check, timeout_s)
+            videos, problems = _files(listing.records, root, check)
         super().__init__(
             videos,
             classes,
@@ -129,23 +145,13 @@ class ListDataset(ClipDataset):
         )
 
 
-_Found = tuple[list[Video], list[tuple[str, str]]]
+_Problems = list[tuple[str, str]]
 
 
-def _files(
-    records: Sequence[Record], root: str, reader: str, check: str, timeout_s: float
-) -> _Found:
-    paths = [os.path.join(root, record.path) for record in records]
-    if check == "decode":
-        scanned = scan_videos(paths, timeout_s=timeout_s, reader=reader)
-        videos = [
-            Video(found.path, record.label, range(found.num_frames), found.fps)
-            for record, found in zip(records, scanned, strict=True)
-            if not found.reason
-        ]
-        return videos, [(found.path, found.reason) for found in scanned if found.reason]
+def _files(records: Sequence[Record], root: str, check: str) -> tuple[list[Video], _Problems]:
     videos, problems = [], []
-    for record, path in zip(records, paths, strict=True):
+    for record in records:
+        path = os.path.join(root, record.path)
         if check == "exists" and not os.path.isfile(path):
             problems.append((path, "no such file"))
         else:
@@ -154,9 +160,47 @@ def _files(
     return videos, problems
 
 
+def _scanned(
+    records: Sequence[Record], root: str, reader: str, timeout_s: float, limit_mib: float | None
+) -> tuple[list[Video], list[ScannedVideo], _Problems]:
+    """Videos that can be decoded, with all of their frames if there is memory for some."""
+    scanned = scan_videos(
+        [os.path.join(root, record.path) for record in records],
+        timeout_s=timeout_s,
+        reader=reader,
+        **({} if limit_mib is None else {"keep": range, "limit_mib": limit_mib}),
+    )
+    usable = [pair for pair in zip(records, scanned, strict=True) if not pair[1].reason]
+    videos = [
+        Video(found.path, record.label, range(found.num_frames), found.fps)
+        for record, found in usable
+    ]
+    problems = [(found.path, found.reason) for found in scanned if found.reason]
+    return videos, [found for _, found in usable], problems
+
+
+def _read(
+    videos: Sequence[Video], opener: ImageOpener, limit_mib: float
+) -> tuple[list[Video], list[ScannedVideo], _Problems]:
+    """Folders of images with all of their frames."""
+    usable, kept, problems, kept_bytes = [], [], [], 0
+    for number, video in enumerate(videos):
+        try:
+            with closing(opener(number, video)) as folder:
+                pixels = folder.frames_array(video.frames)
+        except VideoReadError as error:
+            problems.append((video.path, error.reason))
+            continue
+        kept_bytes += pixels.nbytes
+        check_kept(f"the first {len(kept) + 1} videos", kept_bytes, limit_mib)
+        usable.append(video)
+        kept.append(ScannedVideo(video.path, len(video.frames), pixels=pixels, fps=video.fps))
+    return usable, kept, problems
+
+
 def _folders(
     records: Sequence[Record], root: str, naming: Naming, check: str, count: bool
-) -> _Found:
+) -> tuple[list[Video], _Problems]:
     videos, problems = [], []
     for record in records:
         path = os.path.join(root, record.path)

@@ -99,12 +99,12 @@ def scan_videos(
                 answer, pixels = child.receive()
                 number = at_work[child]
                 if number is not None:
-                    if keep is not None and answer.get("needed", 0) > max_bytes:
-                        raise _too_large(files[number], answer["needed"], limit_mib)
+                    if keep is not None:
+                        check_kept(files[number], answer.get("needed", 0), limit_mib)
                     results[number] = _result(files[number], answer, pixels, keep)
                     kept_bytes += 0 if pixels is None else results[number].pixels.nbytes
-                    if max_bytes is not None and kept_bytes > max_bytes:
-                        raise _too_large(f"the first {len(results)} videos", kept_bytes, limit_mib)
+                    if keep is not None:
+                        check_kept(f"the first {len(results)} videos", kept_bytes, limit_mib)
                 if child.has_ended or not waiting:
                     dismiss(child)
                     if waiting:
@@ -137,8 +137,11 @@ def _result(
     return ScannedVideo(path, length, pixels=part, fps=answer["fps"])
 
 
-def _too_large(what: str, needed: int, limit_mib: float) -> ValueError:
-    return ValueError(
-        f"scan: expected decoded videos of at most {limit_mib:g} MiB to keep in memory, got "
-        f"{needed / _MIB:.1f} MiB for {what}; read them from disk (preload off) or raise the limit"
-    )
+def check_kept(what: str, needed: int, limit_mib: float) -> None:
+    """Raise ValueError where frames to keep need more bytes than the limit of them."""
+    if needed > math.floor(limit_mib * _MIB):
+        raise ValueError(
+            f"scan: expected decoded videos of at most {limit_mib:g} MiB to keep in memory, got "
+            f"{needed / _MIB:.1f} MiB for {what}; read them from disk (preload off) or raise the "
+            "limit"
+        )

@@ -25,7 +25,7 @@ def load(tmp_path):
     ("overrides", "message"),
     [
         (
-            ["data.kind=list"],
+            ["data.kind=list", "data.test_list=b.txt"],
             "data.train_list to name the list of the training videos, got nothing",
         ),
         (LISTS[:2], "data.test_list to name the list of the test videos, got nothing"),
@@ -85,7 +85,10 @@ def test_impossible_values_are_one_line(load, overrides, message):
             [*LISTS, "data.sampler=inception", "data.test_clips=3"],
             "data.test_clips has no effect while data.sampler is inception",
         ),
-        ([*LISTS, "data.preload=true"], "data.preload has no effect while data.kind is list"),
+        (
+            [*LISTS, "data.preload=true", "data.check=none"],
+            "data.check has no effect while data.preload is True",
+        ),
         (
             [*LISTS, "data.class_order=first_appearance"],
             "data.class_order has no effect while data.list_format is mmaction",

@@ -11,8 +11,9 @@ from nlkernels.training.config import Config, OptimConfig, RunConfig, check_valu
 from nlkernels.training.config_data import DataConfig
 from nlkernels.training.data.child import ChildReader
 from nlkernels.training.data.frame_folders import Naming
+from nlkernels.training.data.listed import ListDataset
 from nlkernels.training.data.reader import VideoReadError
-from nlkernels.training.loading import load_data, training_batches
+from nlkernels.training.loading import load_data, load_test, training_batches
 from nlkernels.training.loading import test_batches as batches_of_the_test
 
 SMALL = {"frames": 4, "size": 16, "short_side": (20, 24), "kind": "list"}
@@ -64,7 +65,7 @@ def test_list_of_video_files(videos):
     data, train, test = everything(settings)
     assert data.classes == ["0", "1", "2"]
     assert data.problems == [{"path": str(videos / "clips/missing.mp4"), "reason": "no such file"}]
-    assert data.protocol == ("2 clips of 4 frames per video, 3 crops 20 x 20 along the longer side")
+    assert data.protocol == "2 clips x 3 crops of 20, probabilities averaged"
     assert train[0][0].shape == (4, 3, 4, 16, 16)
     labels = torch.cat([labels for _, labels, _ in test])
     assert labels.tolist() == [2] * 6 + [0] * 6
@@ -86,6 +87,7 @@ def test_clips_do_not_depend_on_workers_children_or_device(videos):
         {"decode": "inside", "workers": 4},
         {"decode": "inside", "augment_on": "device", "workers": 2},
         {"check": "decode"},
+        {"preload": True, "workers": 2},
     ):
         for one, other in zip(expected, found(**options), strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), options
@@ -144,14 +146,15 @@ def test_list_of_image_folders(tmp_path, totals):
     )
     data, train, test = everything(settings)
     assert data.test.views_per_video == 2
-    assert data.protocol.startswith("2 clips of 4 frames per video, centre crop 16 x 16 (tsm_twice")
+    assert data.protocol == "2 clips x 1 centre crop of 16, probabilities averaged"
     levels = test[0][0][0, 0].mean((1, 2)) * 58.395 + 123.675
     # The middles of four segments of five frames: 2, 7, 12, 17.
     assert levels.tolist() == pytest.approx([18, 38, 58, 78], abs=1.5)
     assert train[0][0].shape == (4, 3, 4, 16, 16)
 
 
-def test_offsets_share_a_folder(tmp_path):
+@pytest.mark.parametrize("preload", [False, True])
+def test_offsets_share_a_folder(tmp_path, preload):
     write_images(tmp_path, "x", Naming("img_{:05d}.jpg"), 20)
     (tmp_path / "list.txt").write_text("x 0 4 0\nx 10 4 1\n")
     settings = config(
@@ -159,8 +162,13 @@ def test_offsets_share_a_folder(tmp_path):
         train_list=str(tmp_path / "list.txt"),
         test_list=str(tmp_path / "list.txt"),
         reader="frames",
+        preload=preload,
     )
-    _, _, test = everything(settings)
+    data = load_data(settings, seed=0)
+    if preload:
+        for path in (tmp_path / "x").iterdir():
+            path.unlink()
+    test = list(batches_of_the_test(data.test, settings))
     levels = test[0][0][:, 0].mean((2, 3)) * 57.375 + 114.75
     assert levels[0].tolist() == pytest.approx([10, 14, 18, 22], abs=1.5)
     assert levels[1].tolist() == pytest.approx([50, 54, 58, 62], abs=1.5)
@@ -196,7 +204,7 @@ def test_hmdb51_flow_with_all_windows(tmp_path):
     # Windows of four frames: starts 0, 4, 8 of eleven frames; 0 of five, whose last start is 3.
     assert data.test.views_per_video is None
     assert [data.test.video_of(number) for number in range(len(data.test))] == [0, 0, 0, 1]
-    assert "all clips of 4 frames" in data.protocol
+    assert data.protocol == "all clips x 1 centre crop of 16, probabilities averaged"
     assert train[0][0].shape == (4, 2, 4, 16, 16)
     last = torch.cat([clips for clips, _, _ in test])[2]
     levels = (last.mean((2, 3)) + 1) * 127.5
@@ -239,7 +247,77 @@ def test_whole_frames_are_tested_one_video_at_a_time(videos, tmp_path, numbered)
     data = load_data(settings, seed=0)
     shapes = [tuple(clips.shape) for clips, _, _ in batches_of_the_test(data.test, settings)]
     assert shapes == [(2, 3, 4, 20, 40), (2, 3, 4, 30, 20)]
-    assert data.protocol == "2 clips of 4 frames per video, whole frames of short side 20"
+    assert data.protocol == "2 clips x whole frames of short side 20, probabilities averaged"
+
+
+@pytest.mark.usefixtures("decord")
+def test_preloaded_files_are_read_once_and_within_a_limit(videos, tmp_path, monkeypatch):
+    (tmp_path / "bad.mp4").write_bytes(b"\0" * 999)
+    names = [f"{videos}/clips/{name}.mp4 {label}" for label, name in enumerate("abc")]
+    (tmp_path / "train.txt").write_text("\n".join([*names, f"{tmp_path}/bad.mp4 1"]) + "\n")
+    lists = {"train_list": str(tmp_path / "train.txt"), "test_list": str(videos / "test.txt")}
+    settings = config(root=str(videos / "clips"), preload=True, **lists)
+    data = load_data(settings, seed=0)
+    assert [os.path.basename(one["path"]) for one in data.problems] == ["bad.mp4"]
+    monkeypatch.setattr(ChildReader, "open", None)
+    assert len(list(training_batches(data.train, settings, seed=0, steps=2))) == 2
+    monkeypatch.undo()
+    init = ListDataset.__init__
+    monkeypatch.setattr(
+        ListDataset, "__init__", lambda *a, **k: init(*a, **(k | {"preload_limit_mib": 0.1}))
+    )
+    with pytest.raises(ValueError, match=r"at most 0.1 MiB to keep in memory, got 0.\d MiB"):
+        load_data(settings, seed=0)
+
+
+def of_test(settings, classes=None, num_classes=3):
+    return load_test(settings, classes=classes, num_classes=num_classes)
+
+
+@pytest.mark.usefixtures("decord")
+def test_a_test_needs_no_training_list(videos, tmp_path):
+    both = {"root": str(videos / "clips"), "test_list": str(videos / "test.txt")}
+    for train_list in (None, str(tmp_path / "absent.txt")):
+        settings = config(train_list=train_list, **both)
+        assert of_test(settings).classes == ["0", "1", "2"]
+        test = of_test(settings, ["x", "y", "z"])
+        assert test.classes == ["x", "y", "z"]
+        assert [video.label for video in test.videos] == [2, 0]
+    with pytest.raises(ValueError, match=r"labels below 2, .* got 2 of d\.mp4.*the network is one"):
+        of_test(settings, num_classes=2)
+
+
+@pytest.mark.usefixtures("decord")
+def test_names_of_kinetics_come_from_where_they_are_known(videos, tmp_path):
+    head = "label,youtube_id,time_start,time_end\n"
+    (tmp_path / "test.csv").write_text(head + "wave,d,1,2\nclap,a,1,2\n")
+    (tmp_path / "train.csv").write_text(head + "wave,a,1,2\nclap,b,1,2\n")
+    (tmp_path / "names.txt").write_text("wave\nclap\n")
+
+    def settings(**more):
+        return config(
+            root=str(videos / "clips"),
+            test_list=str(tmp_path / "test.csv"),
+            list_format="kinetics_csv",
+            path_template="{youtube_id}.mp4",
+            **more,
+        )
+
+    first = {"class_order": "first_appearance"}
+    both = {"train_list": str(tmp_path / "train.csv")}
+    for made, names, expected in (
+        (settings(), None, ["clap", "wave"]),
+        (settings(), ["wave", "clap"], ["wave", "clap"]),
+        (settings(**first), ["wave", "clap"], ["wave", "clap"]),
+        (settings(**first, **both), None, ["wave", "clap"]),
+        (settings(class_names=str(tmp_path / "names.txt")), None, ["wave", "clap"]),
+    ):
+        test = of_test(made, names, 2)
+        assert test.classes == expected
+        assert [expected[video.label] for video in test.videos] == ["wave", "clap"]
+    for made, count in ((settings(**first), 2), (settings(), 3)):
+        with pytest.raises(ValueError, match=r"expected the names of . classes .*class_names=FILE"):
+            of_test(made, None, count)
 
 
 def test_labels_need_classes(videos, tmp_path):
