@@ -16,6 +16,7 @@ constexpr int kValueChunks = kValues / kLineNumbers;
 constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kCopyRegisters = 24;
 constexpr int kProductRegisters = 240;
+static_assert(kCopyRegisters + 2 * kProductRegisters <= 3 * 168, "a block begins with 168 per thread");
 constexpr int kSharedLimit = 232448;
 constexpr int kBarrierBytes = 8;
 

@@ -7,9 +7,6 @@
 
 namespace nlk::cuda::hopper {
 
-__device__ __forceinline__ int warp_of(int thread) { return thread / 32; }
-__device__ __forceinline__ int lane_of(int thread) { return thread % 32; }
-
 // A ring with its data and barriers: of each slot one for "full", behind them one for "empty".
 struct Channel {
   std::uint32_t data, barriers;
@@ -57,22 +54,26 @@ struct Channel {
   }
 };
 
-// Blocks of a cluster take neighbouring query tiles of one item, so that they share its keys; a block
+// Tiles of queries, one after the other. Blocks of a cluster take neighbouring query tiles of one item, so that they share its keys; a block
 // beyond the last tile goes along, computes zeros and stores none of them.
 template <int kBlocks, int kRows>
 struct Work {
-  int tiles, item, row, next;
+  int tiles, tile, item, row;
 
   __device__ __forceinline__ explicit Work(const ForwardParameters& p)
-      : tiles(divide_up(divide_up(p.queries, kRows), kBlocks)), item(0), row(0),
-        next(block_index() / kBlocks) {}
+      : tiles(divide_up(divide_up(p.queries, kRows), kBlocks)), tile(block_index() / kBlocks), item(0),
+        row(0) {}
 
-  // Whether there is one more, for the whole cluster.
+  // Whether there is one more, for the whole cluster. Counts instead of dividing, which takes registers
+  // that copying warps do not have.
   __device__ __forceinline__ bool take(const ForwardParameters& p, int rank) {
-    if (next >= tiles * p.batch) return false;
-    item = next / tiles;
-    row = (next % tiles * kBlocks + rank) * kRows;
-    next += block_count() / kBlocks;
+    while (tile >= tiles) {
+      tile -= tiles;
+      ++item;
+    }
+    if (item >= p.batch) return false;
+    row = (tile * kBlocks + rank) * kRows;
+    tile += block_count() / kBlocks;
     return true;
   }
 };
@@ -101,13 +102,21 @@ __device__ __forceinline__ void copy_shared_chunk(const TensorMap& map, std::uin
   }
 }
 
-// After the barriers' initialisation; and before the end, for no block may leave while others of its
-// cluster still signal its barriers.
+// After the initialisation of barriers, before anything uses them.
 template <int kBlocks>
 __device__ __forceinline__ void sync_blocks() {
   if constexpr (kBlocks == 1) {
     block_sync();
   } else {
+    cluster_sync();
+  }
+}
+
+// At the end: no block may leave while others of its cluster still signal its barriers.
+template <int kBlocks>
+__device__ __forceinline__ void leave_blocks() {
+  if constexpr (kBlocks > 1) {
+    warp_sync();
     cluster_sync();
   }
 }

@@ -22,9 +22,11 @@ struct RowState {
 template <int kCount>
 __device__ __forceinline__ void mask(float (&products)[kCount], int thread, int present, float factor) {
   const float absent = factor < 0 ? INFINITY : -INFINITY;
+  // Only one side of the comparison depends on the thread: one register, not one for each column.
+  const int left = present - fragment_column(thread, 0);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    if (fragment_column(thread, i) >= present) products[i] = absent;
+    if (fragment_column(0, i) >= left) products[i] = absent;
   }
 }
 
@@ -116,11 +118,12 @@ template <class Number>
 __device__ __forceinline__ void store_sums(const float (&sums)[kValues / 2], const float (&factors)[2],
                                            int thread, int item, int first, int channel,
                                            const ForwardParameters& p) {
-  auto* out = static_cast<std::uint16_t*>(p.out);
+  channel += thread % 4 * 8;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first + fragment_row(thread, 2 * half);
     const std::int64_t line = static_cast<std::int64_t>(item) * p.queries + row;
+    auto* out = static_cast<std::uint16_t*>(p.out) + line * p.value_depth + channel;
 #pragma unroll
     for (int block = 0; block < kValues / 32; ++block) {
       Words words;
@@ -142,9 +145,8 @@ __device__ __forceinline__ void store_sums(const float (&sums)[kValues / 2], con
           words.word[i | distance] = low ? second_word : came;
         }
       }
-      const int column = channel + 32 * block + thread % 4 * 8;
-      if (row < p.queries && column < p.value_depth) {
-        *reinterpret_cast<Words*>(out + line * p.value_depth + column) = words;
+      if (row < p.queries && 32 * block < p.value_depth - channel) {
+        *reinterpret_cast<Words*>(out + 32 * block) = words;
       }
     }
   }

@@ -65,7 +65,7 @@ __device__ __forceinline__ void barrier_arrive(std::uint32_t barrier) {
 __device__ __forceinline__ void barrier_arrive_at(std::uint32_t barrier, int rank) {
   asm volatile(
       "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
@@ -75,11 +75,12 @@ __device__ __forceinline__ void barrier_expect(std::uint32_t barrier, int bytes)
                "r"(bytes)
                : "memory");
 }
-// Until the phase of this parity is over. Acquires at the cluster's scope: peers arrive too.
+// Until the phase of this parity is over. What peers' arrivals guard is read and written by copies and
+// products alone, so the block's scope is enough; the cluster's would empty the cache at every wait.
 __device__ __forceinline__ void barrier_wait(std::uint32_t barrier, std::uint32_t parity) {
   asm volatile(
       "{.reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;}" ::"r"(barrier),
       "r"(parity)
       : "memory");
@@ -103,9 +104,6 @@ __device__ __forceinline__ void copy_box_to(const TensorMap& map, std::uint32_t 
       ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(destination),
       "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(blocks)
       : "memory");
-}
-__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
 // What ordinary stores have put into shared memory is seen by products and copies after a barrier.
@@ -140,10 +138,6 @@ __device__ __forceinline__ float shuffle_xor(float number, int distance) {
 __device__ __forceinline__ std::uint32_t shuffle_xor(std::uint32_t word, int distance) {
   return __shfl_xor_sync(0xffffffffu, word, distance);
 }
-__device__ __forceinline__ bool any_lane(bool condition) {
-  return __any_sync(0xffffffffu, condition) != 0;
-}
-
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
