@@ -48,6 +48,18 @@ VARIABLES: dict[str, Variable] = {
 }
 
 
+# Variables of other programs that change what happens here: name -> meaning.
+OTHERS: dict[str, str] = {
+    "CXX": "C++ compiler of all builds",
+    "CUDA_HOME": "folder of the CUDA toolkit whose nvcc compiles; CUDA_PATH is asked next",
+    "CUDA_VISIBLE_DEVICES": "GPUs that torch sees",
+    "OMP_NUM_THREADS": "threads that torch starts with on CPUs",
+    "TRITON_CACHE_DIR": "where Triton keeps compiled kernels, instead of ~/.triton/cache",
+    "TRITON_INTERPRET": "1: Triton kernels run in its interpreter, on CPU tensors, for tests",
+    "XDG_CACHE_HOME": "folder of caches, instead of ~/.cache",
+}
+
+
 def read(name: str) -> str:
     """Returns the value of a declared variable, or its default when it is unset or empty.
 
@@ -62,6 +74,11 @@ def read(name: str) -> str:
 def cache_home() -> str:
     """Returns the folder for caches of all programs, as the XDG specification finds it."""
     return os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+
+
+def triton_cache() -> str:
+    """Returns the folder in which Triton keeps compiled kernels."""
+    return os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache"
 
 
 def compiler() -> str:

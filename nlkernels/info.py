@@ -1,25 +1,77 @@
-"""`nlk info` or `python -m nlkernels.info`: everything a bug report needs, as plain text.
+"""`nlk info` or `python -m nlkernels.info`: everything a bug report needs, as plain text or JSON.
 
 Versions, devices, which backend serves a typical layer and why the others do not, which kernels
-were verified here, the compiled module, environment variables and paths. A part that cannot be
-found out says so instead of raising.
+were verified here, compiled modules and compilers, caches, environment variables and paths. A part
+that cannot be found out says so instead of raising.
 """
 
+import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 import nlkernels
 
-from . import _build, _cache, _device, _env, _ext, _launch, _paths, _store, _trust
+from . import (
+    _build,
+    _build_cuda,
+    _cache,
+    _cuda,
+    _device,
+    _env,
+    _ext,
+    _launch,
+    _paths,
+    _store,
+    _trust,
+)
 from ._spec import KINDS
 
-Rows = list[tuple[str, str]]
+MIB = 2**20
+
+
+class Choice(NamedTuple):
+    """Which backend serves a problem, and why each other one does not."""
+
+    backend: str
+    others: dict[str, str]
+
+    def __str__(self) -> str:
+        others = (f"not {name}: {reason}" for name, reason in self.others.items())
+        return "\n".join([self.backend, *others])
+
+
+class Setting(NamedTuple):
+    """An environment variable: its value, whether it was set, and what it means."""
+
+    value: str
+    origin: str
+    meaning: str
+
+    def __str__(self) -> str:
+        return f"{self.value or 'empty'} ({self.origin}): {self.meaning}"
+
+
+class Folder(NamedTuple):
+    """A file or folder of caches: how many files, and how large together."""
+
+    path: str
+    files: int
+    size_bytes: int
+
+    def __str__(self) -> str:
+        if not self.files:
+            return f"{self.path}: nothing yet"
+        return f"{self.path}: {self.files} files, {self.size_bytes / MIB:.1f} MiB"
+
+
+Rows = list[tuple[str, str | Choice | Setting | Folder]]
 
 # Distribution, and the extra that installs it ("" where a plain installation does).
 _DISTRIBUTIONS = (
@@ -30,7 +82,9 @@ _DISTRIBUTIONS = (
     ("pybind11", ""),
     ("decord", "pip install nlkernels[video]"),
     ("av", "pip install nlkernels[video]"),
+    ("pyyaml", "pip install nlkernels[train]"),
     ("matplotlib", "pip install nlkernels[train]"),
+    ("pillow", "pip install nlkernels[train]"),
 )
 
 # res3 of a ResNet-50 on 8 frames of 224 x 224 pixels: N = 8*28*28, keys pooled by 2 x 2.
@@ -47,33 +101,61 @@ def report() -> str:
         >>> print(report().splitlines()[0])
         versions
     """
+    return "\n".join(_section(title, found) for title, found in _found())
+
+
+def as_json() -> dict[str, dict[str, Any]]:
+    """Returns the report as nested dictionaries, by section and label.
+
+    Most values are text. A choice of backend holds `backend` and `others` (name -> reason), an
+    environment variable `value`, `origin` and `meaning`, a cache `path`, `files` and `size_bytes`.
+
+    Example:
+        >>> as_json()["backends"]["cpu float32 softmax"].keys()
+        dict_keys(['backend', 'others'])
+    """
+    return {
+        title: {label: one if isinstance(one, str) else one._asdict() for label, one in rows}
+        for title, rows in _found()
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the report; arguments are ["--json"] or none, those of the process if None."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--json" in arguments:
+        print(json.dumps(as_json(), indent=1))
+    else:
+        sys.stdout.write(report())
+
+
+def _found() -> list[tuple[str, Rows]]:
     sections: tuple[tuple[str, Callable[[], Rows]], ...] = (
         ("versions", _versions),
         ("devices", _devices),
         ("backends", _backends),
         ("kernels", _kernels),
         ("native code", _native),
+        ("caches", _caches),
         ("environment variables", _environment),
         ("paths", _locations),
     )
-    return "\n".join(_section(title, rows) for title, rows in sections)
+    return [(title, _tried(rows)) for title, rows in sections]
 
 
-def main() -> None:
-    """Prints the report."""
-    sys.stdout.write(report())
-
-
-def _section(title: str, rows: Callable[[], Rows]) -> str:
+def _tried(rows: Callable[[], Rows]) -> Rows:
     # Whoever runs this already has a problem: one failing part must not hide the others.
     try:
-        listed = rows()
+        return rows()
     except Exception as error:
-        listed = [("unavailable", f"{type(error).__name__}: {error}")]
-    width = max((len(label) for label, _ in listed), default=0)
+        return [("unavailable", f"{type(error).__name__}: {error}")]
+
+
+def _section(title: str, rows: Rows) -> str:
+    width = max((len(label) for label, _ in rows), default=0)
     lines = [title]
-    for label, text in listed:
-        first, *rest = text.splitlines() or [""]
+    for label, value in rows:
+        first, *rest = str(value).splitlines() or [""]
         lines.append(f"  {label:<{width}}  {first}".rstrip())
         lines += [f"  {'':<{width}}  {line}".rstrip() for line in rest]
     return "\n".join(lines) + "\n"
@@ -142,7 +224,7 @@ def _backends() -> Rows:
     return [("problem", f"{shape}; {others}; with gradients"), *rows]
 
 
-def _explain(what: str, device: str, dtype: torch.dtype) -> str:
+def _explain(what: str, device: str, dtype: torch.dtype) -> Choice | str:
     operands, options = _typical(what, device, dtype)
     op = "nonlocal_attention" if what in KINDS else what
     try:
@@ -150,12 +232,12 @@ def _explain(what: str, device: str, dtype: torch.dtype) -> str:
             explanation = nlkernels.explain(op, *operands, **options)
     except (NotImplementedError, ValueError) as error:
         return f"error: {error}"
-    others = [
-        f"not {name}: {reason or 'able, not chosen'}"
+    others = {
+        name: reason or "able, not chosen"
         for name, reason in explanation.reasons.items()
         if name != explanation.backend
-    ]
-    return "\n".join([explanation.backend, *others])
+    }
+    return Choice(explanation.backend, others)
 
 
 def _typical(
@@ -212,8 +294,39 @@ def _native() -> Rows:
         ("instruction set", f"{used} (this machine: {host})"),
         ("threads", runtime if module is None else f"{module.threads}, {runtime}"),
         ("compiler", found),
+        *_cuda_rows(),
         ("compiled into", str(_store.homes()[-1])),
     ]
+
+
+def _cuda_rows() -> Rows:
+    module, missing = _cuda.CUDA.loaded(), _cuda.CUDA.missing()
+    if module is not None:
+        where = f"loaded: {module.__file__}"
+    else:
+        where = f"missing: {missing}" if missing else "not compiled yet: its first use does that"
+    try:
+        compiler = _build_cuda.find_nvcc(_env.cuda_homes(), _env.compiler())
+        found = f"{compiler.version}, {' '.join(compiler.command)}"
+    except _build.BuildError as error:
+        found = f"missing: {error}"
+    return [("cuda module", where), ("cuda compiler", found)]
+
+
+def _caches() -> Rows:
+    rows: Rows = []
+    for folder in _paths.cache_dirs():
+        rows += [
+            ("compiled modules", _folder(folder / "ext")),
+            ("verified, measured", _folder(folder / _cache.FILE)),
+        ]
+    triton = Path(os.path.expanduser(_env.triton_cache()))
+    return [*rows, ("kernels of Triton", _folder(triton))]
+
+
+def _folder(path: Path) -> Folder:
+    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+    return Folder(str(path), len(files), sum(one.stat().st_size for one in files))
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -223,9 +336,11 @@ def _short(dtype: torch.dtype) -> str:
 def _environment() -> Rows:
     rows = []
     for name, variable in _env.VARIABLES.items():
-        value = _env.read(name) or "empty"
         origin = "set" if os.environ.get(name) else "default"
-        rows.append((name, f"{value} ({origin}): {variable.doc}"))
+        rows.append((name, Setting(_env.read(name), origin, variable.doc)))
+    for name, meaning in _env.OTHERS.items():
+        value = os.environ.get(name, "")
+        rows.append((name, Setting(value, "set" if value else "not set", meaning)))
     return rows
 
 

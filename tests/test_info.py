@@ -1,5 +1,6 @@
 """`nlk info` names everything a bug report needs and never fails itself."""
 
+import json
 import runpy
 import sys
 
@@ -140,8 +141,45 @@ def test_undeclared_variable_is_an_error():
         _env.read("NLKERNELS_NO_SUCH_VARIABLE")
 
 
+def test_variables_of_others_are_listed_with_their_values(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    text = _section(info.report(), "environment variables")
+    assert f"3 (set): {_env.OTHERS['OMP_NUM_THREADS']}" in text
+    assert f"empty (not set): {_env.OTHERS['CUDA_HOME']}" in text
+
+
+def test_caches_have_paths_and_sizes(monkeypatch, tmp_path):
+    monkeypatch.setenv("NLKERNELS_CACHE_DIR", str(tmp_path / "ours"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    module = tmp_path / "ours" / "ext" / "0.1.0" / "key" / "_C.so"
+    module.parent.mkdir(parents=True)
+    module.write_bytes(bytes(3 * 2**20))
+    text = _section(info.report(), "caches")
+    assert f"{tmp_path / 'ours' / 'ext'}: 1 files, 3.0 MiB" in text
+    assert f"{tmp_path / 'triton'}: nothing yet" in text
+    found = info.as_json()["caches"]["compiled modules"]
+    assert found == {"path": str(tmp_path / "ours" / "ext"), "files": 1, "size_bytes": 3 * 2**20}
+
+
+def test_json_holds_what_the_text_says(capsys):
+    info.main(["--json"])
+    found = json.loads(capsys.readouterr().out)
+    text = info.report()
+    assert list(found) == [line for line in text.splitlines() if line and line[0] != " "]
+    chosen = found["backends"]["cpu float32 softmax"]
+    assert _row(_section(text, "backends"), "cpu float32 softmax").split()[3] == chosen["backend"]
+    assert chosen["others"] and all(chosen["others"].values())
+    for name, variable in _env.VARIABLES.items():
+        setting = found["environment variables"][name]
+        assert setting["meaning"] == variable.doc
+        assert setting["value"] == _env.read(name)
+    assert found["native code"].keys() >= {"compiler", "cuda compiler", "cuda module"}
+
+
 def test_runs_as_a_module(capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "nlkernels.info")
+    monkeypatch.setattr(sys, "argv", ["info"])
     runpy.run_module("nlkernels.info", run_name="__main__")
     printed = capsys.readouterr().out
     assert printed.startswith("versions\n")
