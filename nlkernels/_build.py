@@ -66,7 +66,8 @@ class Sources:
         headers = (path for path in found if path.suffix in (".h", ".cuh"))
         own = [p.as_posix() for p in headers if ("cuda" in p.parts) == (self.part == "cuda")]
         listed = self.listed
-        return sorted([listed["bindings"], *listed.get("common", ()), *listed["units"], *own])
+        more = (name for part in ("common", "emulation") for name in listed.get(part, ()))
+        return sorted([listed["bindings"], *listed["units"], *more, *own])
 
     @cached_property
     def digest(self) -> str:

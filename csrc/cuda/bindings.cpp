@@ -1,5 +1,6 @@
 // The module nlkernels._C_cuda. Python passes addresses as integers and strides as tuples, counted
 // in elements; the checks are in Python. Every call enqueues its kernels and returns.
+#include "cuda/bindings/attention.h"
 #include "cuda/bindings/common.h"
 
 namespace {
@@ -39,4 +40,5 @@ void bind_machine(py::module_& module) {
 PYBIND11_MODULE(_C_cuda, module) {
   module.doc() = "Kernels of nlkernels for NVIDIA GPUs. Internal: use the functions of nlkernels.";
   bind_machine(module);
+  bind_attention(module);
 }

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from nlkernels import _ext, _launch, _operations, _select
+from nlkernels import _cuda, _ext, _launch, _operations, _select
 from nlkernels._spec import Problem
 from nlkernels.ops import _autograd, _library
 
-BACKENDS = ("reference", "chunked", "cpp", "triton")
+BACKENDS = ("reference", "chunked", "cpp", "triton", "cuda")
 # Kind -> its definition: (query, key, value, scale) -> out.
 _DEFINITIONS: dict[str, Callable[..., torch.Tensor]] = {}
 # Kinds whose forward returns a state.
@@ -47,6 +47,8 @@ def supports(name: str, backend: str, problem: Problem) -> list[str]:
         return [f"{name} has no backend {backend!r}"]
     if backend == "cpp":
         return _ext.unserved(problem)
+    if backend == "cuda":
+        return _cuda.unserved(problem)
     return _unsupported_by_triton(problem) if backend == "triton" else []
 
 

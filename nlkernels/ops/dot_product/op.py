@@ -13,7 +13,12 @@ from nlkernels.ops.dot_product.choice import TABLE
 
 NAME = "dot_product"
 # By name where a module can only be imported when its package is there.
-_INSIDE = {"chunked": chunked, "cpp": cpp, "triton": "nlkernels.ops.dot_product.triton"}
+_INSIDE = {
+    "chunked": chunked,
+    "cpp": cpp,
+    "triton": "nlkernels.ops.dot_product.triton",
+    "cuda": "nlkernels.ops.dot_product.cuda",
+}
 
 # (query, key, value, scale, backend="auto", workspace_mib=None) -> out
 attention = partial(_unnormalised.attention, NAME)
@@ -22,7 +27,7 @@ attention = partial(_unnormalised.attention, NAME)
 def supports(backend: str, problem: Problem) -> list[str]:
     """Why `backend` cannot serve `problem`; an empty list when it can."""
     reasons = _unnormalised.supports(NAME, backend, problem)
-    if backend == "triton" and _is_linear_cheaper(problem):
+    if backend in ("triton", "cuda") and _is_linear_cheaper(problem):
         reasons.append("two matrix products in the linear order cost fewer FLOPs than the scores")
     return reasons
 

@@ -9,7 +9,12 @@ from nlkernels.ops.relu.choice import TABLE
 
 NAME = "relu"
 # By name where a module can only be imported when its package is there.
-_INSIDE = {"chunked": chunked, "cpp": cpp, "triton": "nlkernels.ops.relu.triton"}
+_INSIDE = {
+    "chunked": chunked,
+    "cpp": cpp,
+    "triton": "nlkernels.ops.relu.triton",
+    "cuda": "nlkernels.ops.relu.cuda",
+}
 
 # (query, key, value, scale, backend="auto", workspace_mib=None) -> out
 attention = partial(_unnormalised.attention, NAME)

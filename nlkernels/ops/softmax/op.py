@@ -12,7 +12,7 @@ exp2(log2(e) scale (S - top)). Their common logarithm, one number, would round l
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from nlkernels import _ext, _launch, _operations, _select
+from nlkernels import _cuda, _ext, _launch, _operations, _select
 from nlkernels._spec import Problem
 from nlkernels.ops import _autograd
 from nlkernels.ops._library import define
@@ -21,12 +21,13 @@ from nlkernels.ops.softmax import chunked, cpp, reference, sdpa
 from nlkernels.ops.softmax.choice import TABLE
 
 NAME = "softmax"
-BACKENDS = ("reference", "chunked", "cpp", "triton", "sdpa")
+BACKENDS = ("reference", "chunked", "cpp", "triton", "cuda", "sdpa")
 # By name where a module can only be imported when its package is there.
 _INSIDE = {
     "chunked": chunked,
     "cpp": cpp,
     "triton": "nlkernels.ops.softmax.triton",
+    "cuda": "nlkernels.ops.softmax.cuda",
     "sdpa": sdpa,
 }
 
@@ -39,6 +40,8 @@ def supports(backend: str, problem: Problem) -> list[str]:
         return _ext.unserved(problem)
     if backend == "triton":
         return _unsupported_by_triton(problem)
+    if backend == "cuda":
+        return _cuda.unserved(problem)
     return sdpa.unsupported(problem) if backend == "sdpa" else []
 
 

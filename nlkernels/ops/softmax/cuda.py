@@ -1,0 +1,37 @@
+"""Softmax attention in CUDA: which of its kernels runs a problem.
+
+portable  nlkernels/ops/_cuda_attention.py, for every D and V, on every GPU that is served
+
+Unverified: no GPU has run these kernels.
+"""
+
+import torch
+
+from nlkernels.ops import _cuda_attention
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    workspace_mib: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out (B,N,V) and stats (2,B,N)."""
+    return _cuda_attention.forward(_cuda_attention.SOFTMAX, query, key, value, scale)
+
+
+def backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    scale: float,
+    workspace_mib: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of query, key and value, in their dtypes."""
+    return _cuda_attention.backward(
+        _cuda_attention.SOFTMAX, grad, query, key, value, scale, out, stats
+    )
