@@ -36,7 +36,7 @@ class ModelConfig:
     dropout: float | None = None
     """Dropout probability before the classifier; unset takes the model's own."""
     weights: str | None = None
-    """Checkpoint that ``nlk train`` starts from, of a published system or of ours: what it lacks of
+    """Checkpoint that trainings start from, of a published system or of ours: what it lacks of
     blocks and classifier starts fresh; unset draws all weights."""
 
 
@@ -46,10 +46,10 @@ class ProfileConfig:
 
     batch: int = 2
     """Clips per measured step."""
-    frames: int = 8
-    """Frames of a measured clip."""
-    size: int = 112
-    """Height and width of a measured clip, in pixels."""
+    frames: int | None = None
+    """Frames of a measured clip; unset is ``data.frames``."""
+    size: int | None = None
+    """Height and width of a measured clip, in pixels; unset is ``data.size``."""
     rounds: int = 7
     """Measured steps of every variant; the variants take turns, round by round."""
 
@@ -104,6 +104,16 @@ _NOT_NEGATIVE = config_optim.NOT_NEGATIVE
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain values of a configuration, as they are written to JSON."""
     return dataclasses.asdict(config)
+
+
+def profile_of(config: Config) -> ProfileConfig:
+    """Clip shape and length of the measurement, with what is unset taken from ``data``."""
+    profile, data = config.compare.profile, config.data
+    return dataclasses.replace(
+        profile,
+        frames=data.frames if profile.frames is None else profile.frames,
+        size=data.size if profile.size is None else profile.size,
+    )
 
 
 def known_keys(cls: type = Config, prefix: str = "") -> list[str]:

@@ -23,6 +23,7 @@ from nlkernels import NonLocalBlock3d
 from nlkernels._memory import MIB, PeakMemory
 
 from .config import OptimConfig, ProfileConfig
+from .freezing import train_mode
 from .memory import BatchFit, largest_batch, state_mib
 from .optimisers import make_optimiser
 from .updates import Stopwatch, Updater
@@ -147,9 +148,10 @@ def measure(
     """Measure every model on the same random clips.
 
     Args:
-        models: Name -> network on ``device``; their weights are changed.
-        profile: Clip shape and number of rounds.
-        optim: Which optimiser updates the parameters; its rate is set to zero.
+        models: Name -> network on ``device``, frozen where it is to be; their weights are changed.
+        profile: Clip shape, complete, and number of rounds; see ``config.profile_of``.
+        optim: Which optimiser updates the parameters, and norms that use running statistics; its
+            rate is set to zero.
         num_classes: Number of classes.
         device: Where the models are.
         memory_gib: Size of a memory in GiB whose largest batch is asked for; None asks for none.
@@ -198,7 +200,7 @@ def measure(
 
     watch = Stopwatch(device)
     for model in models.values():
-        model.train()
+        train_mode(model, optim)
     laps: dict[str, list[dict[str, float]]] = {name: [] for name in models}
     for round_number in range(profile.rounds + 1):
         for name in models:

@@ -16,18 +16,20 @@ _COLOURS = {
     "local": "#009e73",
     "frame": "#cc79a7",
 }
-_PART_COLOURS = {"forward_ms": "#56b4e9", "backward_ms": "#e69f00", "optimiser_ms": "#999999"}
-_PART_NAMES = {"forward_ms": "forward", "backward_ms": "backward", "optimiser_ms": "optimiser"}
+PART_COLOURS = {
+    "data_ms": "#009e73",
+    "forward_ms": "#56b4e9",
+    "backward_ms": "#e69f00",
+    "optimiser_ms": "#999999",
+}
+PART_NAMES = {part: part.removesuffix("_ms") for part in PART_COLOURS}
 
 
-def draw_comparison(
-    report: Mapping[str, Any], curves: Mapping[str, Sequence[Sequence[float]]], folder: Path
-) -> list[Path]:
-    """Draw every plot of a comparison.
+def draw_costs(report: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw what the variants of a comparison cost.
 
     Args:
         report: Contents of ``report.json``.
-        curves: Variant -> one list of training losses per seed.
         folder: Where the PNG files go.
 
     Returns:
@@ -36,13 +38,14 @@ def draw_comparison(
     variants = report["variants"]
     shape = report["profile"]
     clip = f"{shape['frames']}x{shape['size']}x{shape['size']} clip"
-    files = [
+    millions = max(one["parameters"] for one in variants) >= 1e6
+    return [
         _bars(
             folder / "parameters.png",
             "Parameters",
-            "thousand parameters",
+            "million parameters" if millions else "thousand parameters",
             variants,
-            [one["parameters"] / 1e3 for one in variants],
+            [one["parameters"] / (1e6 if millions else 1e3) for one in variants],
             [one["overhead_percent"]["parameters"] for one in variants],
         ),
         _bars(
@@ -62,10 +65,26 @@ def draw_comparison(
             [one["memory_mib"] for one in variants],
             [one["overhead_percent"]["memory_mib"] for one in variants],
         ),
+    ]
+
+
+def draw_trainings(
+    report: Mapping[str, Any], curves: Mapping[str, Sequence[Sequence[float]]], folder: Path
+) -> list[Path]:
+    """Draw how well the variants of a comparison were trained.
+
+    Args:
+        report: Contents of ``report.json``.
+        curves: Variant -> one list of training losses per seed.
+        folder: Where the PNG files go.
+
+    Returns:
+        The files, in the order in which the report shows them.
+    """
+    return [
         _accuracy(folder / "accuracy.png", report),
         _loss(folder / "loss.png", report, curves),
     ]
-    return files
 
 
 def _bars(
@@ -91,9 +110,9 @@ def _time(path: Path, title: str, variants: Sequence[Mapping[str, Any]]) -> Path
     figure, axes = _figure(len(variants))
     names = [one["name"] for one in variants]
     left = [0.0] * len(names)
-    for part, colour in _PART_COLOURS.items():
+    for part in ("forward_ms", "backward_ms", "optimiser_ms"):
         values = [one[part]["p50"] for one in variants]
-        axes.barh(names, values, left=left, color=colour, label=_PART_NAMES[part])
+        axes.barh(names, values, left=left, color=PART_COLOURS[part], label=PART_NAMES[part])
         left = [start + value for start, value in zip(left, values, strict=True)]
     for row, one in enumerate(variants):
         step = one["step_ms"]
@@ -149,7 +168,7 @@ def _loss(
     for name, runs in curves.items():
         for number, losses in enumerate(runs):
             window = max(1, len(losses) // 40)
-            smooth = _moving_average(losses, window)
+            smooth = moving_average(losses, window)
             # Naive and fast coincide when they agree: one is drawn wide and pale under the other.
             below = name == "naive"
             axes.plot(
@@ -168,7 +187,7 @@ def _loss(
     return _finish(figure, axes, path, title, "step", room=None)
 
 
-def _moving_average(values: Sequence[float], window: int) -> list[float]:
+def moving_average(values: Sequence[float], window: int) -> list[float]:
     """Mean of the last ``window`` values at each position (fewer at the start)."""
     means, total = [], 0.0
     for position, value in enumerate(values):

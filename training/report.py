@@ -22,6 +22,9 @@ from .measure import Cost
 
 FORMAT = 2
 
+# Classes that are named, and unusable videos that are listed, for people.
+_NAMED, _LISTED = 10, 20
+
 
 def head(
     kind: str,
@@ -31,8 +34,6 @@ def head(
     seconds: float,
     device: torch.device,
     config: Mapping[str, Any],
-    data: Mapping[str, Any],
-    training: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The part that every ``report.json`` starts with."""
     return {
@@ -44,8 +45,6 @@ def head(
         "seconds": round(seconds, 1),
         "environment": environment(device),
         "config": dict(config),
-        "data": dict(data),
-        "training": dict(training),
     }
 
 
@@ -119,21 +118,24 @@ def write_markdown(text: str, path: Path) -> Path:
 
 def data_lines(data: Data) -> list[str]:
     """The clips of a run for the terminal; videos that could not be used are counted and listed."""
+    names = ", ".join([*data.classes[:_NAMED], *["..."] * (len(data.classes) > _NAMED)])
     lines = [
-        f"{len(data.classes)} classes ({', '.join(data.classes)}), {len(data.train)} training and "
+        f"{len(data.classes)} classes ({names}), {len(data.train)} training and "
         f"{len(data.test)} test clips"
     ]
     return lines + problem_lines(data.problems)
 
 
 def problem_lines(problems: Sequence[Mapping[str, str]]) -> list[str]:
-    """Unusable videos, counted and listed; empty if there are none."""
+    """Unusable videos, counted, the first ones listed; empty if there are none."""
     if not problems:
         return []
     count = "1 video" if len(problems) == 1 else f"{len(problems)} videos"
-    return [f"{count} could not be used:"] + [
-        f"- {one['path']}: {one['reason']}" for one in problems
-    ]
+    lines = [f"{count} could not be used:"]
+    lines += [f"- {one['path']}: {one['reason']}" for one in problems[:_LISTED]]
+    if len(problems) > _LISTED:
+        lines.append(f"- and {len(problems) - _LISTED} more, all of them in report.json")
+    return lines
 
 
 def attention_line(sizes: Sequence[Mapping[str, Any]]) -> str:
@@ -170,7 +172,9 @@ def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
 
     gib = report["profile"]["memory_gib"]
     head = ["variant", "parameters", "GFLOP/clip", "published", "ms/step", "clips/s", "MiB"]
-    rows = [head + ([] if gib is None else [f"batch in {gib:g} GiB"]) + ["accuracy"]]
+    trained = "training" in report
+    head += [] if gib is None else [f"batch in {gib:g} GiB"]
+    rows = [head + ["accuracy"] * trained]
     for one in report["variants"]:
         largest = "any" if one["largest_batch"] is None else str(one["largest_batch"])
         rows.append(
@@ -183,7 +187,7 @@ def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
                 f"{one['clips_per_s']:.2f}",
                 f"{one['memory_mib']:.1f}{over(one, 'memory_mib', 'MiB')}",
                 *([] if gib is None else [largest]),
-                f"{one['accuracy']:.1%}",
+                *([f"{one['accuracy']:.1%}"] if trained else []),
             ]
         )
     return rows
@@ -191,7 +195,7 @@ def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 def comparison_markdown(report: Mapping[str, Any], plots: Sequence[Path]) -> str:
     """``report.md`` of a comparison."""
-    costs = report["profile"]
+    costs, trained = report["profile"], "training" in report
     parts = [
         f"# Comparison {report['name']}",
         _markdown_table(comparison_rows(report)),
@@ -202,21 +206,26 @@ def comparison_markdown(report: Mapping[str, Any], plots: Sequence[Path]) -> str
         "Times are 20% / 50% / 80% quantiles in ms. Memory is the peak above the level before the "
         "step: live tensor bytes counted exactly, the GPU allocator's peak, and the growth of the "
         "resident set as a cross-check.",
-        "## Trainings",
-        _markdown_table(_training_rows(report)),
+        "## Trainings" if trained else "",
+        _markdown_table(_training_rows(report)) if trained else "",
         "Naive and fast compute the same function. Their trainings start alike and later drift "
         "apart by rounding, as two naive ones do whose inputs differ in the last bit."
-        if report["agreement"]
+        if trained and report["agreement"]
         else "",
         *(f"![{path.stem}]({path.name})" for path in plots),
-        _problems(report),
+        _problems(report) if trained else "",
         _origin(report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def training_markdown(report: Mapping[str, Any]) -> str:
-    """``report.md`` of a single training."""
+def training_markdown(report: Mapping[str, Any], curves: Path) -> str:
+    """``report.md`` of a single training.
+
+    Args:
+        report: Contents of ``report.json``.
+        curves: The picture of its course, in the same folder.
+    """
     result = report["result"]
     rows = [
         ["", "test accuracy"],
@@ -237,29 +246,45 @@ def training_markdown(report: Mapping[str, Any]) -> str:
         if colour is None
         else "The mean-colour classifier sees only each clip's mean colour: where it does well, "
         "the accuracy above checks the pipeline and is no evidence for the blocks.",
+        f"![Loss, accuracy, learning rate, time and memory by step]({curves.name})",
+        _course(report["course"]),
         _problems(report),
         _origin(report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _course(course: Mapping[str, Any]) -> str:
+    """Where the time of the steps went, and every test."""
+    names = {"data_ms": "data", "forward_ms": "forward", "backward_ms": "backward"}
+    names["optimiser_ms"] = "optimiser"
+    rows = [["", *names.values(), "whole step"]]
+    rows.append(["median ms", *(f"{course[part]:.1f}" for part in (*names, "step_ms"))])
+    rows.append(["share of all steps", *(f"{course['share'][p]:.1%}" for p in names), ""])
+    parts = [
+        _markdown_table(rows),
+        f"{course['clips_per_s']:.1f} clips/s (median); peak memory {course['peak_mib']:.0f} MiB "
+        "(of the GPU allocator, on CPU of the resident set).",
+    ]
+    if len(course["tests"]) > 1:
+        rows = [["step", "test accuracy", "test loss"]]
+        for test in course["tests"]:
+            rows.append([str(test["step"]), f"{test['accuracy']:.1%}", f"{test['loss']:.4f}"])
+        parts.append(_markdown_table(rows))
+    return "\n\n".join(parts)
+
+
 def _notes(report: Mapping[str, Any]) -> list[str]:
     """What the numbers of the summary mean."""
-    profile, training = report["profile"], report["training"]
+    profile = report["profile"]
     shape = f"{profile['frames']} x {profile['size']} x {profile['size']}"
-    clip = f"{training['frames']} x {training['size']} x {training['size']}"
-    seeds = [run["seed"] for run in report["variants"][0]["runs"]]
-    numbers = ", ".join(map(str, seeds))
-    seed_text = f"seed {numbers}" if len(seeds) == 1 else f"mean of seeds {numbers}"
     notes = [
-        f"cost: batch {profile['batch']} of {shape}; {attention_line(profile['attention'])}",
-        f"accuracy: {training['steps']} steps of {training['batch']} clips of {clip}, {seed_text}; "
-        f"{attention_line(training['attention'])}; test {report['data']['protocol']}",
-    ]
-    notes.append(
+        f"cost: batch {profile['batch']} of {shape}, {profile['classes']} classes; "
+        f"{attention_line(profile['attention'])}",
+        *(_training_notes(report) if "training" in report else []),
         "GFLOP of the forward pass: executed, a multiply-add is two; published, as papers count: a "
-        "multiply-add is one, and products with N x M count whole"
-    )
+        "multiply-add is one, and products with N x M count whole",
+    ]
     if any(one["overhead_percent"]["parameters"] is not None for one in report["variants"]):
         notes.append("in parentheses: over none")
     notes += [
@@ -270,7 +295,7 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
     notes += [
         f"naive against fast, first {one['steps']} steps of seed {one['seed']}: losses differ by "
         f"at most {one['loss_difference']:.1e}"
-        for one in report["agreement"]
+        for one in report.get("agreement", [])
     ]
     where = report["environment"]
     notes.append(
@@ -278,6 +303,18 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
         f"torch {where['torch']}"
     )
     return notes
+
+
+def _training_notes(report: Mapping[str, Any]) -> list[str]:
+    training = report["training"]
+    clip = f"{training['frames']} x {training['size']} x {training['size']}"
+    seeds = [run["seed"] for run in report["variants"][0]["runs"]]
+    numbers = ", ".join(map(str, seeds))
+    seed_text = f"seed {numbers}" if len(seeds) == 1 else f"mean of seeds {numbers}"
+    return [
+        f"accuracy: {training['steps']} steps of {training['batch']} clips of {clip}, {seed_text}; "
+        f"{attention_line(training['attention'])}; test {report['data']['protocol']}"
+    ]
 
 
 def _cost_rows(report: Mapping[str, Any]) -> list[list[str]]:

@@ -1,7 +1,8 @@
-"""Every field of the two kinds of ``report.json``, with its meaning; a check that they agree.
+"""Every field of the kinds of ``report.json``, with its meaning; a check that they agree.
 
-``[]`` marks a list of objects. ``COMPARISON`` is written by ``nlk compare``, ``TRAINING`` by
-``nlk train``. Overheads are in percent of the variant ``none`` and null where it is not compared.
+``[]`` marks a list of objects. ``COMPARISON`` is written by ``nlk compare``, ``COSTS`` by
+``nlk compare --measure-only``, ``TRAINING`` by ``nlk train``. Overheads are in percent of the
+variant ``none`` and null where it is not compared.
 """
 
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any
 
 _HEAD = {
     "format": "version of this schema, now 2",
-    "kind": "comparison or training",
+    "kind": "comparison, costs or training",
     "name": "name of the run folder",
     "command": "command line that produced the report",
     "created": "local time, ISO 8601",
@@ -44,6 +45,7 @@ COMPARISON = _HEAD | {
     "profile.frames": "frames of a measured clip",
     "profile.size": "height and width of a measured clip in pixels",
     "profile.rounds": "measured steps of every variant",
+    "profile.classes": "classes of the measured networks",
     "profile.memory_gib": "size of the memory whose largest batch is asked; null if unset",
     "profile.attention[].block": "name of the block in the model",
     "profile.attention[].n": "query positions at the measured clip",
@@ -92,6 +94,8 @@ COMPARISON = _HEAD | {
     "variants[].runs[].train_loss": "training loss, mean of the last 20 steps",
     "variants[].runs[].train_s": "wall-clock duration of this training",
 }
+_OF_TRAININGS = ("data.", "training.", "agreement", "variants[].accuracy", "variants[].runs")
+COSTS = {name: text for name, text in COMPARISON.items() if not name.startswith(_OF_TRAININGS)}
 TRAINING = _HEAD | {
     "result.parameters": "trainable values",
     "result.accuracy": "test accuracy between 0 and 1",
@@ -99,6 +103,21 @@ TRAINING = _HEAD | {
     "result.train_loss": "training loss, mean of the last 20 steps",
     "result.train_s": "wall-clock duration of the training",
     "result.mean_colour_accuracy": "accuracy from each clip's mean colour alone; null if not asked",
+    "course.tests[].step": "steps before this test; of the whole training, earlier parts included",
+    "course.tests[].accuracy": "test accuracy between 0 and 1",
+    "course.tests[].loss": "test cross-entropy",
+    "course.breaks[].step": "steps behind which the training was interrupted and resumed",
+    "course.step_ms": "sum of the four times of a step, median over the steps",
+    "course.data_ms": "waiting for clips and moving them, median",
+    "course.forward_ms": "forward pass and loss, median",
+    "course.backward_ms": "backward pass, median",
+    "course.optimiser_ms": "update of the parameters, median",
+    "course.share.data_ms": "share of the time of all steps, between 0 and 1",
+    "course.share.forward_ms": "share of the forward passes",
+    "course.share.backward_ms": "share of the backward passes",
+    "course.share.optimiser_ms": "share of the updates",
+    "course.clips_per_s": "clips of a step by its time, median",
+    "course.peak_mib": "peak of the GPU allocator, on CPU of the resident set",
 }
 
 

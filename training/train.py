@@ -3,15 +3,19 @@
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from . import report as reports
 from .config import Config, to_dict
 from .distributed import Processes, joined
 from .evaluate import mean_colour_accuracy
+from .history import read_history, section
 from .loading import Data, load_data, test_batches, training_batches
 from .measure import attention_sizes, count_parameters
+from .plots_training import draw_training
 from .runs import prepare, resumed_content, total_steps, train_and_test
 from .starting import start_from
 from .stopping import Stopped, StopSignals
@@ -22,7 +26,7 @@ def train_from_config(config: Config, *, command: str) -> Path:
     """Train and test the configured network, alone or as one of the processes of torchrun.
 
     Writes into ``run.out``: ``config.json``, ``model.jsonl`` (a line per step), ``model.pt`` (the
-    checkpoint), ``report.json`` and ``report.md``.
+    checkpoint), ``report.json``, ``report.md`` and ``curves.png``.
 
     Args:
         config: From ``config_file.load_config``.
@@ -48,12 +52,8 @@ def _train(config: Config, command: str, processes: Processes) -> Path:
     with processes.first_alone():
         data = load_data(config, seed=seed)
     print("\n".join(reports.data_lines(data)))
-    model = build_model(config.model, len(data.classes), seed=seed).to(device)
-    if config.model.weights is not None and resumed is None:
-        print(start_from(model, config.model.weights))
+    model, sizes = build(config, len(data.classes), device, fresh=resumed is None)
     parameters = count_parameters(model)
-    sizes = attention_sizes(model, frames=config.data.frames, size=config.data.size)
-    print(f"{config.model.name}: {parameters:,} parameters, {reports.attention_line(sizes)}")
 
     try:
         with StopSignals() as stop:
@@ -86,9 +86,10 @@ def _train(config: Config, command: str, processes: Processes) -> Path:
         seconds=time.perf_counter() - begun,
         device=device,
         config=to_dict(config),
-        data=reports.data_section(config, data),
-        training=reports.training_section(config, total_steps(config, len(data.train)), sizes),
     )
+    report["data"] = reports.data_section(config, data)
+    steps = total_steps(config, len(data.train))
+    report["training"] = reports.training_section(config, steps, sizes)
     report["result"] = {
         "parameters": parameters,
         "accuracy": run.test.accuracy,
@@ -97,8 +98,41 @@ def _train(config: Config, command: str, processes: Processes) -> Path:
         "train_s": round(run.train_s, 1),
         "mean_colour_accuracy": colour,
     }
+    history = read_history(out / "model.jsonl")
+    report["course"] = section(history)
+    curves = draw_training(history, out / "curves.png", title=f"{config.model.name}, {out.name}")
     reports.write_json(report, out / "report.json")
-    return reports.write_markdown(reports.training_markdown(report), out / "report.md")
+    text = reports.training_markdown(report, curves)
+    return reports.write_markdown(text, out / "report.md")
+
+
+def build(
+    config: Config, num_classes: int, device: torch.device, *, fresh: bool
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """The network that a training starts with; prints what it is.
+
+    Args:
+        config: Sections ``model``, ``data`` and ``run``.
+        num_classes: Number of classes of the data set.
+        device: Where it goes.
+        fresh: No checkpoint is continued from: load ``model.weights``.
+
+    Returns:
+        The network, and its blocks' sizes, see ``measure.attention_sizes``.
+
+    Raises:
+        FileNotFoundError: No such weights.
+        ValueError: Unknown model, or weights of another one.
+    """
+    model = build_model(config.model, num_classes, seed=config.run.seed).to(device)
+    if config.model.weights is not None and fresh:
+        print(start_from(model, config.model.weights))
+    sizes = attention_sizes(model, frames=config.data.frames, size=config.data.size)
+    print(
+        f"{config.model.name}: {count_parameters(model):,} parameters, "
+        f"{reports.attention_line(sizes)}"
+    )
+    return model, sizes
 
 
 def _mean_colour(data: Data, config: Config) -> float:

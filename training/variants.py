@@ -7,6 +7,7 @@ from torch import nn
 
 from nlkernels import set_nonlocal_backend
 from nlkernels.models import create_model
+from nlkernels.models.zoo import describe
 
 from .config import ModelConfig
 
@@ -17,6 +18,9 @@ DESCRIPTIONS = {
     "local": "local blocks (3x3x3 convolutions) of as many parameters instead",
     "frame": "non-local blocks whose keys are limited to the query's own frame, backend auto",
 }
+
+# Of published networks without a number of their own.
+_BLOCKS = 5
 
 
 def build_model(config: ModelConfig, num_classes: int, *, seed: int) -> nn.Module:
@@ -33,6 +37,26 @@ def build_model(config: ModelConfig, num_classes: int, *, seed: int) -> nn.Modul
     return _create(config, num_classes, seed, blocks=config.blocks, block=config.block)
 
 
+def blocks_of(config: ModelConfig) -> int:
+    """How many blocks the variants of a comparison get.
+
+    Those of the configuration; where it has none, as many as were published with the network, or
+    the five of most published networks.
+
+    Raises:
+        ValueError: No blocks, for a network of our own.
+    """
+    record = describe(config.name)
+    if config.blocks == 0 and record.system is not None:
+        return max((result.blocks for result in record.results), default=0) or _BLOCKS
+    if config.blocks == 0:
+        raise ValueError(
+            "compare: expected model.blocks >= 1, got 0; the variant none is the network without "
+            "blocks, set model.blocks to what the others get"
+        )
+    return config.blocks
+
+
 def build_variant(variant: str, config: ModelConfig, num_classes: int, *, seed: int) -> nn.Module:
     """One variant of a comparison.
 
@@ -46,19 +70,14 @@ def build_variant(variant: str, config: ModelConfig, num_classes: int, *, seed: 
         seed: Seed of the initial weights.
 
     Raises:
-        ValueError: Unknown name or option, or a network without blocks.
+        ValueError: Unknown name or option, or a network of ours without blocks.
     """
-    if config.blocks == 0:
-        raise ValueError(
-            f"compare: expected model.blocks >= 1, got 0 for variant {variant!r}; the variant "
-            "none is the network without blocks, set model.blocks to what the others get"
-        )
     block = dict(config.block)
     if variant == "local":
         block["variant"] = "local"
     if variant == "frame":
         block["temporal_group"] = 1
-    blocks = 0 if variant == "none" else config.blocks
+    blocks = 0 if variant == "none" else blocks_of(config)
     model = _create(config, num_classes, seed, blocks=blocks, block=block)
     if variant in ("naive", "fast", "frame"):
         set_nonlocal_backend(model, "reference" if variant == "naive" else "auto")

@@ -109,6 +109,15 @@ def test_usage_errors(capsys, argv):
     assert "usage: nlk" in capsys.readouterr().err
 
 
+def test_overrides_may_stand_behind_options(capsys):
+    code, _, err = run(capsys, "train", "smoke", "--debug", "optim.stepz=3")
+    assert code == 2
+    assert err.splitlines()[-1].endswith("did you mean 'optim.steps'?")
+    with pytest.raises(SystemExit):
+        cli.main(["info", "optim.steps=3"])
+    assert "unrecognized arguments: optim.steps=3" in capsys.readouterr().err
+
+
 def test_help_lists_the_packaged_configurations(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["train", "--help"])

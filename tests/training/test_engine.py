@@ -137,20 +137,36 @@ def test_log_has_every_step_and_prints_some(tmp_path, capsys):
     assert lines[-1] == {"event": "test", "accuracy": 0.5}
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 3
-    assert printed[0].startswith("fast         step 10/25  loss 0.5000  accuracy  75.0%")
-    assert "160.0 clips/s  data/fwd/bwd/opt 10/20/30/40%  512 MiB" in printed[0]
-    assert printed[-1].endswith("0:00 left")
+    assert printed[0].startswith("fast         step 10/25  0:00 left  loss 0.5000  accuracy  75.0%")
+    assert printed[0].endswith("160.0 clips/s  data/fwd/bwd/opt 10/20/30/40%  512 MiB")
+    assert "lr 0.1" in printed[0]
     assert "\r" not in "".join(printed)
 
 
 def test_log_rewrites_its_line_on_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
     with RunLog(tmp_path / "log.jsonl", steps=20, name="fast", every=10) as log:
         for step in range(1, 21):
             log.step(record(step))
     printed = capsys.readouterr().out
     assert printed.count("\r") == 2
     assert printed.count("\n") == 1
+    # A line that wraps could not be rewritten.
+    assert len(printed.split("\r")[1].removesuffix("\x1b[K")) == 59
+
+
+def test_log_does_not_keep_silent_over_long_steps(tmp_path, capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    with RunLog(tmp_path / "log.jsonl", steps=100, name="fast", every=50) as log:
+        for step in range(1, 7):
+            now[0] += 13.0
+            log.step(record(step))
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in printed] == ["3/100", "6/100"]
+    assert "21:01 left" in printed[0]
+    assert "0.0769 steps/s" in printed[0]
 
 
 def test_log_of_a_broken_run_keeps_complete_lines_and_the_reason(tmp_path):

@@ -180,15 +180,7 @@ def write_synthetic(
     _check_frames("write_synthetic", frames)
     draw_scene(np.random.default_rng(0), size=size)
     root = Path(root)
-    wanted = {
-        "version": _VERSION,
-        "train": train,
-        "test": test,
-        "seed": seed,
-        "frames": frames,
-        "size": size,
-    }
-    if _is_complete(root, wanted):
+    if holds_synthetic(root, train=train, test=test, seed=seed, frames=frames, size=size):
         return
     encode = _encoder()
     _clear(root)
@@ -211,8 +203,22 @@ def write_synthetic(
         for _ in pool.map(write, *zip(*jobs, strict=True)):
             pass
     unfinished = manifest.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({"complete": True, **wanted}, indent=1) + "\n")
+    wanted = _manifest(train, test, seed, frames, size)
+    unfinished.write_text(json.dumps(wanted, indent=1) + "\n")
     unfinished.replace(manifest)
+
+
+def holds_synthetic(
+    root: str | os.PathLike[str], *, train: int, test: int, seed: int, frames: int, size: int
+) -> bool:
+    """Whether a folder holds exactly the clips that `write_synthetic` would write."""
+    root = Path(root)
+    if _read_manifest(root) != _manifest(train, test, seed, frames, size):
+        return False
+    return all(
+        sum(1 for _ in (root / split).glob("*/*.mp4")) == count
+        for split, count in (("train", train), ("test", test))
+    )
 
 
 def _draw_object(
@@ -316,13 +322,10 @@ def _check_frames(where: str, frames: int) -> None:
         )
 
 
-def _is_complete(root: Path, wanted: dict[str, int]) -> bool:
-    if _read_manifest(root) != {"complete": True, **wanted}:
-        return False
-    return all(
-        sum(1 for _ in (root / split).glob("*/*.mp4")) == wanted[split]
-        for split in ("train", "test")
-    )
+def _manifest(train: int, test: int, seed: int, frames: int, size: int) -> dict[str, Any]:
+    """Contents of the manifest of a complete folder."""
+    settings = {"train": train, "test": test, "seed": seed, "frames": frames, "size": size}
+    return {"complete": True, "version": _VERSION, **settings}
 
 
 def _clear(root: Path) -> None:
