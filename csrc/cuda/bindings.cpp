@@ -2,6 +2,12 @@
 // in elements; the checks are in Python. Every call enqueues its kernels and returns.
 #include "cuda/bindings/attention.h"
 #include "cuda/bindings/common.h"
+#include "cuda/bindings/concat.h"
+#include "cuda/bindings/gate.h"
+#include "cuda/bindings/region.h"
+#ifdef NLK_WITH_SM_90A
+#include "cuda/bindings/hopper_attention.h"
+#endif
 
 namespace {
 
@@ -41,4 +47,10 @@ PYBIND11_MODULE(_C_cuda, module) {
   module.doc() = "Kernels of nlkernels for NVIDIA GPUs. Internal: use the functions of nlkernels.";
   bind_machine(module);
   bind_attention(module);
+  bind_concat(module);
+  bind_gate(module);
+  bind_region(module);
+#ifdef NLK_WITH_SM_90A
+  bind_hopper_attention(module);
+#endif
 }

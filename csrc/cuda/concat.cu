@@ -9,8 +9,7 @@
 
 #include "nlk/cuda/concat.h"
 
-#include "cuda/number.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/lanes.cuh"
 
 namespace nlk::cuda {
 namespace {
@@ -70,9 +69,32 @@ __device__ __forceinline__ Step step_of(const Walk& walk, int order) {
   return {is_reader ? own : source, is_reader, is_source};
 }
 
-// The channels of a lane: kLanes apart.
-__device__ __forceinline__ std::int64_t channel_of(const Task& task, int held) {
-  return task.block * kChannels + held * kLanes + task.lane;
+// The rows of one batch item from a lane's first channel on; its channels are kLanes apart.
+template <typename T>
+struct Rows {
+  const T* first;
+  std::int64_t row, step;
+
+  __device__ Rows(const Operand& operand, const Task& task)
+      : first(static_cast<const T*>(operand.data) + task.item * operand.item +
+              (task.block * kChannels + task.lane) * operand.channel),
+        row(operand.row),
+        step(kLanes * operand.channel) {}
+  __device__ __forceinline__ float read(int number, int held) const {
+    return to_float(first[number * row + held * step]);
+  }
+};
+
+// How many of a lane's channels exist.
+__device__ __forceinline__ int channels_of(const Walk& walk, const Task& task) {
+  const std::int64_t left = walk.a.channels - task.block * kChannels - task.lane;
+  return left <= 0 ? 0 : left <= kLanes ? 1 : kHeld;
+}
+
+// Where the sums of a chunk's lane lie.
+__device__ __forceinline__ std::int64_t sums_at(const Walk& walk, const Task& task) {
+  return (task.item * walk.chunks + task.chunk) * walk.a.channels + task.block * kChannels +
+         task.lane;
 }
 
 // Adds (above - below) * sums; at no distance infinite sums stay out of it.
@@ -87,7 +109,8 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const Walk walk) {
   const std::int64_t first = task.chunk * kConcatChunk;
   const std::int64_t last = first + kConcatChunk < walk.steps ? first + kConcatChunk : walk.steps;
   const float top = level_at(walk, task.item, last - 1);
-  const T* const rows = static_cast<const T*>(walk.a.source.data) + task.item * walk.a.source.item;
+  const Rows<T> sources(walk.a.source, task);
+  const int present = channels_of(walk, task);
   float totals[kHeld] = {}, stairs[kHeld] = {};
   for (std::int64_t base = first; base < last; base += kLanes) {
     const std::int64_t own = base + task.lane;
@@ -101,12 +124,9 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const Walk walk) {
       for (int i = 0; i < kAtOnce; ++i) {
         const Step step = step_of(walk, shuffle(order, part + i));
 #pragma unroll
-        for (int held = 0; held < kHeld; ++held) {
-          const std::int64_t channel = channel_of(task, held);
-          const bool reads = step.is_source && channel < walk.a.channels;
-          const T* const from = rows + step.row * walk.a.source.row + channel * walk.a.source.channel;
-          numbers[i][held] = reads ? walk.unit * widen(*from) : 0.0f;
-        }
+        for (int held = 0; held < kHeld; ++held)
+          numbers[i][held] =
+              step.is_source && held < present ? walk.unit * sources.read(step.row, held) : 0.0f;
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
@@ -121,11 +141,9 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const Walk walk) {
   }
 #pragma unroll
   for (int held = 0; held < kHeld; ++held) {
-    const std::int64_t channel = channel_of(task, held);
-    if (channel >= walk.a.channels) continue;
-    const std::int64_t at = (task.item * walk.chunks + task.chunk) * walk.a.channels + channel;
-    walk.totals[at] = totals[held];
-    walk.stairs[at] = stairs[held];
+    if (held >= present) continue;
+    walk.totals[sums_at(walk, task) + held * kLanes] = totals[held];
+    walk.stairs[sums_at(walk, task) + held * kLanes] = stairs[held];
   }
 }
 
@@ -149,16 +167,17 @@ __global__ void __launch_bounds__(kThreads) carry_kernel(const Walk walk) {
   }
 }
 
+// Four blocks at least: where nothing is said, ptxas spills a few registers for the sake of more.
 template <typename T, bool kOut, bool kDots>
-__global__ void __launch_bounds__(kThreads) walk_kernel(const Walk walk) {
+__global__ void __launch_bounds__(kThreads, 4) walk_kernel(const Walk walk) {
   Task task;
   if (!next_task(walk, task)) return;
   const std::int64_t first = task.chunk * kConcatChunk;
   const std::int64_t last = first + kConcatChunk < walk.steps ? first + kConcatChunk : walk.steps;
-  const T* const sources =
-      static_cast<const T*>(walk.a.source.data) + task.item * walk.a.source.item;
-  const T* const others = static_cast<const T*>(walk.a.other.data) + task.item * walk.a.other.item;
-  T* const out = static_cast<T*>(walk.a.out) + task.item * walk.a.readers * walk.a.channels;
+  const Rows<T> sources(walk.a.source, task), others(walk.a.other, task);
+  const int present = channels_of(walk, task);
+  T* const out = static_cast<T*>(walk.a.out) + task.item * walk.a.readers * walk.a.channels +
+                 task.block * kChannels + task.lane;
   float* const products = walk.products + (task.block * walk.a.batch + task.item) * walk.a.readers;
   const float top = walk.a.tops[task.item];
   const float start = level_at(walk, task.item, first > 0 ? first - 1 : 0);
@@ -167,10 +186,8 @@ __global__ void __launch_bounds__(kThreads) walk_kernel(const Walk walk) {
   float totals[kHeld], stairs[kHeld], own_totals[kHeld] = {}, own_stairs[kHeld] = {};
 #pragma unroll
   for (int held = 0; held < kHeld; ++held) {
-    const std::int64_t channel = channel_of(task, held);
-    const std::int64_t at = (task.item * walk.chunks + task.chunk) * walk.a.channels + channel;
-    totals[held] = channel < walk.a.channels ? walk.totals[at] : 0.0f;
-    stairs[held] = channel < walk.a.channels ? walk.stairs[at] : 0.0f;
+    totals[held] = held < present ? walk.totals[sums_at(walk, task) + held * kLanes] : 0.0f;
+    stairs[held] = kOut && held < present ? walk.stairs[sums_at(walk, task) + held * kLanes] : 0.0f;
   }
   float here = start;
   for (std::int64_t base = first; base < last; base += kLanes) {
@@ -184,13 +201,12 @@ __global__ void __launch_bounds__(kThreads) walk_kernel(const Walk walk) {
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const Step step = step_of(walk, shuffle(order, part + i));
-        const Operand& operand = step.is_reader ? walk.a.other : walk.a.source;
-        const T* const row = (step.is_reader ? others : sources) + step.row * operand.row;
 #pragma unroll
         for (int held = 0; held < kHeld; ++held) {
-          const std::int64_t channel = channel_of(task, held);
-          const bool reads = (step.is_source || (kDots && step.is_reader)) && channel < walk.a.channels;
-          numbers[i][held] = reads ? widen(row[channel * operand.channel]) : 0.0f;
+          numbers[i][held] = 0.0f;
+          if (step.is_source && held < present) numbers[i][held] = sources.read(step.row, held);
+          if (kDots && step.is_reader && held < present)
+            numbers[i][held] = others.read(step.row, held);
         }
       }
 #pragma unroll
@@ -229,12 +245,11 @@ __global__ void __launch_bounds__(kThreads) walk_kernel(const Walk walk) {
           const bool is_bad = !(highest <= kMost);
 #pragma unroll
           for (int held = 0; held < kHeld; ++held) {
-            const std::int64_t channel = channel_of(task, held);
             const float stair = climbed(stairs[held], level, start, totals[held]) + own_stairs[held];
             const float total = totals[held] + own_totals[held];
-            if (channel < walk.a.channels)
-              out[step.row * walk.a.channels + channel] =
-                  narrow<T>(is_bad ? total * highest : stair * walk.factor);
+            if (held < present)
+              out[step.row * walk.a.channels + held * kLanes] =
+                  to<T>(is_bad ? total * highest : stair * walk.factor);
           }
         }
       }
@@ -250,7 +265,7 @@ __global__ void __launch_bounds__(kThreads) products_kernel(const Walk walk) {
   float sum = 0.0f;
   for (std::int64_t block = 0; block < walk.blocks; ++block)
     sum += walk.products[block * numbers + number];
-  static_cast<T*>(walk.a.dots)[number] = narrow<T>(sum);
+  static_cast<T*>(walk.a.dots)[number] = to<T>(sum);
 }
 
 std::int64_t divide_up(std::int64_t value, std::int64_t step) { return (value + step - 1) / step; }
@@ -308,7 +323,7 @@ Error concat_walk(const ConcatArguments& arguments, const Launch& where) {
   switch (arguments.dtype) {
     case 1: return walk_in<float>(walk, where);
     case 2: return walk_in<Bfloat16>(walk, where);
-    case 3: return walk_in<Float16>(walk, where);
+    case 3: return walk_in<Half>(walk, where);
     default: return kInvalid;
   }
 }

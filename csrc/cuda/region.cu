@@ -52,7 +52,7 @@ template <typename Call>
 Error with_dtype(int dtype, const Call& call) {
   if (dtype == 1) return call(float{});
   if (dtype == 2) return call(Bfloat16{});
-  if (dtype == 3) return call(Float16{});
+  if (dtype == 3) return call(Half{});
   return kInvalid;
 }
 

@@ -80,7 +80,7 @@ __device__ __forceinline__ void load_box(const Place<const T>& place, const Box 
                                          const Extents& extents, int threads, float* shared) {
   for_each<kLast>(
       place, box, extents, threads,
-      [&](const T* address, int index) { shared[index] = widen(*address); },
+      [&](const T* address, int index) { shared[index] = to_float(*address); },
       [&](int index) { shared[index] = 0.0f; });
 }
 
@@ -89,7 +89,7 @@ __device__ __forceinline__ void store_box(const Place<T>& place, const Box box,
                                           const Extents& extents, int threads, const float* shared) {
   for_each<kLast>(
       place, box, extents, threads,
-      [&](T* address, int index) { *address = narrow<T>(shared[index]); }, [](int) {});
+      [&](T* address, int index) { *address = to<T>(shared[index]); }, [](int) {});
 }
 
 // The tile of a block: its channels and positions. blockIdx.x counts tiles, blockIdx.y items.
@@ -115,7 +115,7 @@ __device__ __forceinline__ void load_taps(const T* weight, const std::int64_t* s
     const int tap_t = flip ? kt - 1 - f : f, tap_h = flip ? kh - 1 - j : j;
     const int tap_w = flip ? kw - 1 - k : k;
     const bool present = first + channel < extents.channels;
-    shared[i] = present ? widen(weight[(first + channel) * strides[0] + tap_t * strides[1] +
+    shared[i] = present ? to_float(weight[(first + channel) * strides[0] + tap_t * strides[1] +
                                        tap_h * strides[2] + tap_w * strides[3]])
                         : 0.0f;
   }

@@ -34,7 +34,7 @@ struct FixedWeight {
       4 *
       (box_of({kAcross, kLaneRows, kChannels, kIsLast}, kFrames, kRows, kT - 1, kH - 1, kW - 1).size() +
        box_of({kAcross, kLaneRows, kChannels, kIsLast}, kFrames, kRows, 0, 0, 0).size());
-  static_assert(kShared <= 96 * 1024, "the smallest part's shared memory but sm_75's");
+  static_assert(kShared <= 64 * 1024, "the smallest part's shared memory");
 };
 
 // Tile number `tile` of an item, whose tiles are ordered w, h, t; the items follow each other.
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   if (number >= numbers) return;
   double sum = 0.0;
   for (std::int64_t part = 0; part < count; ++part) sum += parts[part * numbers + number];
-  d_weight[number] = narrow<T>(static_cast<float>(sum));
+  d_weight[number] = to<T>(static_cast<float>(sum));
 }
 
 }  // namespace

@@ -23,6 +23,9 @@ UNITS = (
     "cuda/attention_float32.cu",
     "cuda/attention_bfloat16.cu",
     "cuda/attention_float16.cu",
+    "cuda/region.cu",
+    "cuda/concat.cu",
+    "cuda/gate.cu",
 )
 _FLAGS = ("-O2", "-fvisibility=hidden", "-DNLK_CUDA_EMULATION", "-Wno-unknown-pragmas")
 

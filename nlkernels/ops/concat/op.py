@@ -7,7 +7,7 @@ composite outside the operator.
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from nlkernels import _ext, _launch, _operations, _select
+from nlkernels import _cuda, _ext, _launch, _operations, _select
 from nlkernels._spec import Problem
 from nlkernels.ops import _autograd
 from nlkernels.ops._library import define
@@ -16,8 +16,13 @@ from nlkernels.ops.concat.choice import TABLE
 from nlkernels.ops.concat.problem import problem
 
 NAME = "concat"
-BACKENDS = ("reference", "chunked", "cpp", "triton")
-_INSIDE = {"chunked": chunked, "cpp": cpp, "triton": "nlkernels.ops.concat.triton"}
+BACKENDS = ("reference", "chunked", "cpp", "triton", "cuda")
+_INSIDE = {
+    "chunked": chunked,
+    "cpp": cpp,
+    "triton": "nlkernels.ops.concat.triton",
+    "cuda": "nlkernels.ops.concat.cuda",
+}
 
 
 def supports(backend: str, problem: Problem) -> list[str]:
@@ -26,6 +31,8 @@ def supports(backend: str, problem: Problem) -> list[str]:
         return [f"{NAME} has no backend {backend!r}"]
     if backend == "cpp":
         return _ext.unserved(problem)
+    if backend == "cuda":
+        return _cuda.unserved(problem)
     if backend != "triton":
         return []
     return _launch.unserved(problem)

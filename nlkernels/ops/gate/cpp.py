@@ -31,7 +31,7 @@ import torch
 
 from nlkernels import _ext
 from nlkernels._ext import DTYPES
-from nlkernels.ops.gate.problem import like
+from nlkernels.ops.gate.problem import axes, like
 
 
 def forward(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -40,7 +40,7 @@ def forward(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.shape[0] == 0:
         return out
     (module, isa), threads, dtype = _ext.native(), torch.get_num_threads(), DTYPES[x.dtype]
-    sizes, strides = _axes(x)
+    sizes, strides = axes(x)
     workspace = _workspace(module.gate_workspace(dtype, threads, sizes, strides, False))
     module.gate_forward(
         isa,
@@ -65,7 +65,7 @@ def backward(
     if x.shape[0] == 0:
         return d_x, d_weight.zero_()
     (module, isa), threads, dtype = _ext.native(), torch.get_num_threads(), DTYPES[x.dtype]
-    sizes, strides = _axes(x)
+    sizes, strides = axes(x)
     workspace = _workspace(module.gate_workspace(dtype, threads, sizes, strides, True))
     module.gate_backward(
         isa,
@@ -81,21 +81,11 @@ def backward(
         context.data_ptr(),
         context.stride(),
         d_x.data_ptr(),
-        _axes(d_x)[1],
+        axes(d_x)[1],
         d_weight.data_ptr(),
         workspace.data_ptr(),
     )
     return d_x, d_weight
-
-
-def _axes(x: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Sizes and strides of (B,C,T,H,W), where axes that x lacks have size 1."""
-    missing = 5 - x.dim()
-    sizes, strides = tuple(x.shape), x.stride()
-    return (
-        (*sizes[:2], *[1] * missing, *sizes[2:]),
-        (*strides[:2], *[0] * missing, *strides[2:]),
-    )
 
 
 def _workspace(size: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from nlkernels import _ext, _launch, _operations, _select
+from nlkernels import _cuda, _ext, _launch, _operations, _select
 from nlkernels.ops._autograd import differentiates_again, signed
 from nlkernels.ops._library import define
 from nlkernels.ops._tiles import accumulator_dtype
@@ -19,8 +19,13 @@ from nlkernels.ops.gate.choice import TABLE
 from nlkernels.ops.gate.problem import WIDEST, GateProblem, like
 
 NAME = "gate"
-BACKENDS = ("reference", "chunked", "cpp", "triton")
-_INSIDE = {"chunked": chunked, "cpp": cpp, "triton": "nlkernels.ops.gate.triton"}
+BACKENDS = ("reference", "chunked", "cpp", "triton", "cuda")
+_INSIDE = {
+    "chunked": chunked,
+    "cpp": cpp,
+    "triton": "nlkernels.ops.gate.triton",
+    "cuda": "nlkernels.ops.gate.cuda",
+}
 
 
 def supports(backend: str, problem: GateProblem) -> list[str]:
@@ -29,9 +34,9 @@ def supports(backend: str, problem: GateProblem) -> list[str]:
         return [f"{NAME} has no backend {backend!r}"]
     if backend == "cpp":
         return _ext.unserved(problem)
-    if backend != "triton":
+    if backend not in ("triton", "cuda"):
         return []
-    reasons = _launch.unserved(problem)
+    reasons = list((_launch if backend == "triton" else _cuda).unserved(problem))
     if problem.channels > WIDEST:
         reasons.append(f"its kernels serve at most {WIDEST} channels, not {problem.channels}")
     return reasons

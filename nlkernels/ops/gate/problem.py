@@ -88,6 +88,16 @@ def like(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
+def axes(x: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides of (B,C,T,H,W), where axes that x lacks have size 1."""
+    missing = 5 - x.dim()
+    sizes, strides = tuple(x.shape), x.stride()
+    return (
+        (*sizes[:2], *[1] * missing, *sizes[2:]),
+        (*strides[:2], *[0] * missing, *strides[2:]),
+    )
+
+
 def unit_of(positions: int) -> float:
     """A power of two by which so many shares of at most 1 sum to less than 1."""
     return 2.0 ** -positions.bit_length()

@@ -10,7 +10,7 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from nlkernels import _ext, _launch, _operations, _select
+from nlkernels import _cuda, _ext, _launch, _operations, _select
 from nlkernels.ops._autograd import differentiates_again, signed
 from nlkernels.ops._library import define
 from nlkernels.ops.region import chunked, cpp, reference
@@ -18,8 +18,13 @@ from nlkernels.ops.region.choice import TABLE
 from nlkernels.ops.region.problem import TALLEST, RegionProblem, like
 
 NAME = "region_aggregate"
-BACKENDS = ("reference", "chunked", "cpp", "triton")
-_INSIDE = {"chunked": chunked, "cpp": cpp, "triton": "nlkernels.ops.region.triton"}
+BACKENDS = ("reference", "chunked", "cpp", "triton", "cuda")
+_INSIDE = {
+    "chunked": chunked,
+    "cpp": cpp,
+    "triton": "nlkernels.ops.region.triton",
+    "cuda": "nlkernels.ops.region.cuda",
+}
 
 
 def supports(backend: str, problem: RegionProblem) -> list[str]:
@@ -28,12 +33,22 @@ def supports(backend: str, problem: RegionProblem) -> list[str]:
         return [f"{NAME} has no backend {backend!r}"]
     if backend == "cpp":
         return _ext.unserved(problem)
+    if backend == "cuda":
+        return _cuda.unserved(problem) + _too_large(problem)
     if backend != "triton":
         return []
     reasons = _launch.unserved(problem)
     if problem.kernel[1] > TALLEST:
         reasons.append(f"its kernels serve a kh of at most {TALLEST}, not {problem.kernel[1]}")
     return reasons
+
+
+def _too_large(problem: RegionProblem) -> list[str]:
+    """Why the CUDA kernels do not serve a kernel's sizes."""
+    if max(problem.kernel) <= TALLEST:
+        return []
+    sizes = "x".join(map(str, problem.kernel))
+    return [f"its kernels serve kt, kh and kw of at most {TALLEST}, not {sizes}"]
 
 
 def head(problem: RegionProblem) -> tuple[int, ...]:
