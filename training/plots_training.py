@@ -28,7 +28,7 @@ def draw_training(history: History, path: Path, *, title: str) -> Path:
         The file.
     """
     # Without pyplot: no window system is looked for, and no figure outlives its function.
-    figure = Figure(figsize=(8, 10), layout="constrained")
+    figure = Figure(figsize=(8, 10))
     FigureCanvasAgg(figure)
     panels = figure.subplots(5, 1, sharex=True, height_ratios=[3, 2.2, 1.3, 2.2, 1.1])
     loss, accuracy, rate, time, memory = panels
@@ -49,6 +49,8 @@ def draw_training(history: History, path: Path, *, title: str) -> Path:
             panel.axvline(step + 0.5, color="black", linestyle=":", linewidth=1)
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
+    # Fixed margins: a computed layout takes as long as the drawing.
+    figure.subplots_adjust(left=0.13, right=0.98, top=0.965, bottom=0.055, hspace=0.13)
     figure.align_ylabels(panels)
     loss.set_title(title, fontsize=11)
     figure.savefig(path, dpi=110)

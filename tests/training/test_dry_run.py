@@ -37,7 +37,7 @@ def test_takes_the_first_steps_of_the_training_and_writes_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     argv = ["smoke", f"data.root={generated}", *FILES, "model.dropout=0.5", "optim.ema=0.5"]
-    argv += ["optim.batch=6", "optim.precise_norms=1", "run.test_every=1", "run.device=cpu"]
+    argv += ["optim.batch=6", "optim.precise_norms=1", "optim.steps=2", "run.device=cpu"]
     found = dry_run(load_config("smoke", argv[1:]))
     assert found.problems == []
     assert list(tmp_path.iterdir()) == []
@@ -51,6 +51,7 @@ def test_takes_the_first_steps_of_the_training_and_writes_nothing(
     assert found.losses == [step["loss"] for step in taken[:2]]
 
 
+@pytest.mark.gate
 def test_continues_a_run_and_leaves_it_alone(generated, tmp_path):
     argv = ["smoke", f"data.root={generated}", *FILES, "run.checkpoint_every=2", "optim.steps=4"]
     argv += ["run.keep=2", f"run.out={tmp_path}"]
@@ -115,7 +116,7 @@ def test_disk_that_is_too_small(generated, tmp_path, monkeypatch, capsys):
     usage = SimpleNamespace(free=2**20)
     monkeypatch.setattr(forecast.shutil, "disk_usage", lambda path: usage)
     argv = ["smoke", f"data.root={generated}", *FILES, f"run.out={tmp_path / 'a' / 'b'}"]
-    assert main(["train", *argv, "optim.steps=2000000", "--dry-run"]) == 1
+    assert main(["train", *argv, "optim.steps=20000", "--dry-run"]) == 1
     assert "MiB free; choose another run.out" in capsys.readouterr().out
     assert not (tmp_path / "a").exists()
 

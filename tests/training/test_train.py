@@ -57,7 +57,12 @@ def test_training_learns_its_clips_and_reports(generated, tmp_path, capsys):
     assert report["data"]["problems"] == []
     assert report["result"]["mean_colour_accuracy"] is None
     assert report["config"] == json.loads((out / "config.json").read_text())
-    assert "test accuracy" in (out / "report.md").read_text()
+    text = (out / "report.md").read_text()
+    assert "test accuracy" in text
+    assert "](curves.png)" in text
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert report["course"]["tests"][-1]["accuracy"] == report["result"]["accuracy"]
+    assert sum(report["course"]["share"].values()) == pytest.approx(1, abs=1e-3)
     content = checkpoint.load(out / "model.pt")
     assert content["step"] == 60
     assert content["config"] == report["config"]
