@@ -10,14 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
-from .reader import VideoReadError, one_line
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .reader import ArrayReader, VideoReadError, one_line, wanted_frames
 
 # Template of the images by data set, as the published programs extract them.
 TEMPLATES = {
@@ -30,6 +27,8 @@ TEMPLATES = {
     "flow-something-v1": "{:06d}-{}_{:05d}.jpg",
     "flow-hmdb51": "frame{:06d}.jpg",
 }
+# Differences between colours of an image that is grey.
+_GREY_LEVELS = 2
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Naming:
 
     def folders(self, root: Path, name: str) -> list[Path]:
         """Folders of a video, one or two."""
-        if self.flow and self._places == 1:
+        if self.in_two_folders:
             return [root / axis / name for axis in ("u", "v")]
         if self._places == 3:
             return [root / f"{_number(name):06d}"]
@@ -97,12 +96,27 @@ class Naming:
         """Frames of a video by its list: those of Something-Something V1's flow count images."""
         return listed // 2 if self._places == 3 else listed
 
+    def check_folders(self, root: Path, name: str) -> None:
+        """Raise VideoReadError unless the folders of a video exist."""
+        for folder in self.folders(root, name):
+            if folder.is_dir():
+                continue
+            reason = "no such folder"
+            if self.in_two_folders and (root / name).is_dir():
+                reason += (
+                    f", but {root / name}: flow is read from grey images in folders u and v, or "
+                    "from pairs x and y with a template such as flow_{}_{:05d}.jpg, and not from "
+                    "the colours of one image"
+                )
+            raise VideoReadError(folder, reason)
+
     def count(self, root: Path, name: str) -> int:
         """Frames of a video: what its file ``n_frames`` says, else how many images there are.
 
         Raises:
             VideoReadError: No such folder, or a file ``n_frames`` without a number.
         """
+        self.check_folders(root, name)
         folder = self.folders(root, name)[0]
         try:
             said = folder / "n_frames"
@@ -113,6 +127,11 @@ class Naming:
             raise VideoReadError(folder, one_line(error)) from error
         shape = self._pattern()
         return sum(1 for file in files if shape.fullmatch(file))
+
+    @property
+    def in_two_folders(self) -> bool:
+        """Whether flow lies in folders u and v beside each other."""
+        return self.flow and self._places == 1
 
     def _pattern(self) -> re.Pattern[str]:
         """Names of the images of the first axis."""
@@ -131,7 +150,7 @@ class Naming:
         return re.compile(pattern)
 
 
-class FrameFolder:
+class FrameFolder(ArrayReader):
     """One video that is a folder of images; make one with `FrameFolder.open`.
 
     Args:
@@ -181,33 +200,10 @@ class FrameFolder:
         """Frames per second: 30, as folders do not say."""
         return 30.0
 
-    def frames(self, indices: Sequence[int]) -> "Tensor":
-        """Read frames.
-
-        Args:
-            indices: Frame numbers from 0, any order, repeats allowed; every frame is read once.
-
-        Returns:
-            (len(indices), H, W, 3), uint8, RGB; or (len(indices), H, W, 2), uint8, of flow.
-
-        Raises:
-            ValueError: No index at all.
-            VideoReadError: A frame does not exist or is no image, or sizes differ.
-        """
-        import torch
-
-        return torch.from_numpy(self.frames_array(indices))
-
     def frames_array(self, indices: Sequence[int]) -> np.ndarray:
         """`frames` as a NumPy array, without importing torch."""
-        if len(indices) == 0:
-            raise ValueError("frames: expected at least one index, got none; ask for a frame")
-        low, high = min(indices), max(indices)
-        if low < 0 or high >= self._length:
-            raise VideoReadError(
-                self._path, f"has {self._length} frames, frames {low} to {high} were asked for"
-            )
-        pictures = {number: self._read(self._paths(number)) for number in sorted(set(indices))}
+        wanted = wanted_frames(self._path, self._length, indices)
+        pictures = {number: self._read(self._paths(number)) for number in wanted}
         shapes = {picture.shape for picture in pictures.values()}
         if len(shapes) > 1:
             raise VideoReadError(self._path, f"images of several sizes: {sorted(shapes)}")
@@ -222,7 +218,12 @@ class FrameFolder:
         for path in paths:
             try:
                 with _pillow().open(path) as image:
-                    pictures.append(np.asarray(image.convert("RGB" if len(paths) == 1 else "L")))
+                    if len(paths) == 1:
+                        pictures.append(np.asarray(image.convert("RGB")))
+                    else:
+                        pictures.append(self._grey(path, image))
+            except VideoReadError:
+                raise
             except FileNotFoundError as error:
                 raise VideoReadError(self._path, f"no such image: {path.name}") from error
             except Exception as error:  # Pillow's errors of damaged images have many classes
@@ -232,6 +233,68 @@ class FrameFolder:
         if pictures[0].shape != pictures[1].shape:
             raise VideoReadError(self._path, f"{paths[0].name} and {paths[1].name} differ in size")
         return np.stack(pictures, axis=2)
+
+    def _grey(self, path: Path, image: Any) -> np.ndarray:
+        """(H, W) of an image of flow, which may be stored with three equal colours."""
+        if len(image.getbands()) >= 3:
+            colours = np.asarray(image.convert("RGB")).astype(np.int16)
+            if np.ptp(colours, axis=2).max() > _GREY_LEVELS:
+                raise VideoReadError(
+                    self._path, f"{path.name} is a colour image, flow is read from grey ones"
+                )
+        return np.asarray(image.convert("L"))
+
+
+def locate(folder: Path, naming: Naming) -> tuple[Path, str]:
+    """Root and name of one video by the folder of its images.
+
+    Args:
+        folder: Of flow that lies in folders u and v, either of the two.
+        naming: Names of the images.
+
+    Raises:
+        ValueError: Such flow in a folder that lies in neither.
+
+    Example:
+        >>> locate(Path("data/u/run_1"), Naming("frame{:06d}.jpg", flow=True))
+        (PosixPath('data'), 'run_1')
+    """
+    if not naming.in_two_folders:
+        return folder.parent, folder.name
+    if folder.parent.name not in ("u", "v"):
+        raise ValueError(
+            f"frame folders: expected a folder of images in u or v ({naming.template}), got "
+            f"{folder}; name ROOT/u/VIDEO, whose other half is ROOT/v/VIDEO"
+        )
+    return folder.parent.parent, folder.name
+
+
+def guess_template(folder: Path, *, flow: bool) -> str:
+    """The first template of `TEMPLATES` after which images of a folder are named.
+
+    Args:
+        folder: Of one video.
+        flow: Pairs of grey images.
+
+    Raises:
+        ValueError: There is none.
+    """
+    for name, template in TEMPLATES.items():
+        if name.startswith("flow") != flow:
+            continue
+        naming = Naming(template, flow=flow)
+        try:
+            first = naming.paths(*locate(folder, naming), 0)
+        except (ValueError, VideoReadError):
+            continue  # folders of this template have other names
+        if all(path.is_file() for path in first):
+            return template
+    files = sorted(os.listdir(folder))
+    raise ValueError(
+        f"frame folders: expected {'flow' if flow else 'RGB'} images in {folder}, got "
+        f"{', '.join(files[:3]) or 'no file'}; set data.template, for example "
+        f"data.template='{TEMPLATES['flow' if flow else 'kinetics']}'"
+    )
 
 
 def _number(name: str) -> int:

@@ -221,9 +221,7 @@ def _folders(
 def _check_folder(
     root: str, record: Record, naming: Naming, length: int | None, *, decode: bool
 ) -> None:
-    for folder in naming.folders(Path(root), record.path):
-        if not folder.is_dir():
-            raise VideoReadError(folder, "no such folder")
+    naming.check_folders(Path(root), record.path)
     if not decode:
         return
     end = None if length is None else record.offset + length

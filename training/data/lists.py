@@ -90,16 +90,26 @@ def read_text_list(
     if separator is None:
         separator = _SEPARATORS.get(layout)
     records, problems = [], []
+    widths: dict[int, int] = {}
     for number, line in enumerate(read_lines(path), 1):
         columns = [column.strip() for column in line.strip().split(separator)]
         if columns in ([], [""]):
             continue
+        widths.setdefault(len(columns), number)
         record = _record(columns, layout, f"{path} line {number}")
         short = record.num_frames is not None and record.num_frames < _MIN_FRAMES
         if layout in _NUMBERED and training and short:
             problems.append((record.path, f"{record.num_frames} frames, fewer than {_MIN_FRAMES}"))
         else:
             records.append(record)
+    if layout == "mmaction" and 4 in widths and len(widths) > 1:
+        # Where a video may have several classes, the second one looks like an offset.
+        other = next(count for count in widths if count != 4)
+        raise ValueError(
+            f"list: expected offsets (four columns, mmaction) in every line of {path} or in none, "
+            f"got four in line {widths[4]} and {other} in line {widths[other]}; give each video "
+            "one class, training here has one class per clip"
+        )
     if not records:
         raise ValueError(
             f"list: expected videos in {path}, got none; write one on each line, path and label"

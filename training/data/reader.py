@@ -59,7 +59,32 @@ class VideoReader(Protocol):
         """Give the decoder's memory and threads back."""
 
 
-class DecordReader:
+class ArrayReader:
+    """`frames` of the readers that give NumPy arrays."""
+
+    def frames(self, indices: Sequence[int]) -> "Tensor":
+        """Read frames.
+
+        Args:
+            indices: Frame numbers from 0, any order, repeats allowed; every frame is read once.
+
+        Returns:
+            (len(indices), H, W, 3), uint8, RGB, contiguous; of flow two channels.
+
+        Raises:
+            ValueError: No index at all, or the reader is closed.
+            VideoReadError: A frame does not exist or cannot be decoded.
+        """
+        import torch
+
+        return torch.from_numpy(self.frames_array(indices))
+
+    def frames_array(self, indices: Sequence[int]) -> np.ndarray:
+        """`frames` as a NumPy array, without importing torch."""
+        raise NotImplementedError
+
+
+class DecordReader(ArrayReader):
     """Decodes with decord; make one with `DecordReader.open`.
 
     A reader belongs to the process that opened it: close it before the process forks.
@@ -107,45 +132,21 @@ class DecordReader:
         """Mean frame rate, in frames per second."""
         return float(self._open_video().get_avg_fps())
 
-    def frames(self, indices: Sequence[int]) -> "Tensor":
-        """Decode frames.
-
-        Args:
-            indices: Frame numbers, any order, repeats allowed; every frame is decoded once.
-
-        Returns:
-            Frames (len(indices), H, W, 3), uint8, RGB, contiguous.
-
-        Raises:
-            ValueError: No index at all, or the reader is closed.
-            VideoReadError: A frame does not exist or cannot be decoded.
-        """
-        import torch
-
-        return torch.from_numpy(self.frames_array(indices))
-
     def frames_array(self, indices: Sequence[int]) -> np.ndarray:
         """`frames` as a NumPy array, without importing torch."""
         video = self._open_video()
-        if len(indices) == 0:
-            raise ValueError("frames: expected at least one index, got none; ask for a frame")
         # Ascending order: decord then never seeks back.
-        wanted, place = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
-        if wanted[0] < 0 or wanted[-1] >= len(video):
-            raise VideoReadError(
-                self._path,
-                f"has {len(video)} frames, frames {wanted[0]} to {wanted[-1]} were asked for",
-            )
+        wanted = wanted_frames(self._path, len(video), indices)
         try:
-            decoded = _decode(video, wanted.tolist())
+            decoded = _decode(video, wanted)
         except Exception as error:  # DECORDError is not derived from any narrower class
             raise VideoReadError(
                 self._path,
                 f"decoding of frames {wanted[0]} to {wanted[-1]} failed: {one_line(error)}",
             ) from error
-        if len(wanted) == len(indices) and (place[1:] > place[:-1]).all():
+        if wanted == list(indices):
             return decoded
-        return decoded[place]
+        return decoded[np.searchsorted(wanted, indices)]
 
     def close(self) -> None:
         """Give the decoder's memory and threads back; closing twice is fine."""
@@ -223,6 +224,28 @@ def open_video(path: str | os.PathLike[str], reader: str = "auto") -> VideoReade
         ...         return video.frames(range(8))
     """
     return load_reader(choose_reader(reader)).open(path)
+
+
+def wanted_frames(path: str, length: int, indices: Sequence[int]) -> list[int]:
+    """The frames that are asked for, ascending and each once.
+
+    Args:
+        path: The video, for messages.
+        length: Its frames.
+        indices: Frame numbers, any order, repeats allowed.
+
+    Raises:
+        ValueError: No index at all.
+        VideoReadError: There is no such frame.
+    """
+    if len(indices) == 0:
+        raise ValueError("frames: expected at least one index, got none; ask for a frame")
+    wanted = sorted(set(map(int, indices)))
+    if wanted[0] < 0 or wanted[-1] >= length:
+        raise VideoReadError(
+            path, f"has {length} frames, frames {wanted[0]} to {wanted[-1]} were asked for"
+        )
+    return wanted
 
 
 def check_file(path: str) -> None:

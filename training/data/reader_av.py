@@ -3,21 +3,17 @@
 import bisect
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
-from .reader import VideoReadError, check_file, one_line
-
-# torch is imported where a tensor is made: decoding processes start without it.
-if TYPE_CHECKING:
-    from torch import Tensor
+from .reader import ArrayReader, VideoReadError, check_file, one_line, wanted_frames
 
 # Frames that are rather decoded than jumped over.
 _SEEK_BEYOND = 12
 
 
-class AvReader:
+class AvReader(ArrayReader):
     """Decodes with PyAV; make one with `AvReader.open`.
 
     A frame's number is its place in the order of display. Nothing decoded is kept: ask for all
@@ -77,34 +73,10 @@ class AvReader:
         """Mean frame rate, in frames per second."""
         return float(self._open_stream().average_rate or 30)
 
-    def frames(self, indices: Sequence[int]) -> "Tensor":
-        """Decode frames.
-
-        Args:
-            indices: Frame numbers, any order, repeats allowed; every frame is converted once.
-
-        Returns:
-            Frames (len(indices), H, W, 3), uint8, RGB, contiguous.
-
-        Raises:
-            ValueError: No index at all, or the reader is closed.
-            VideoReadError: A frame does not exist or cannot be decoded.
-        """
-        import torch
-
-        return torch.from_numpy(self.frames_array(indices))
-
     def frames_array(self, indices: Sequence[int]) -> np.ndarray:
         """`frames` as a NumPy array, without importing torch."""
         stream = self._open_stream()
-        if len(indices) == 0:
-            raise ValueError("frames: expected at least one index, got none; ask for a frame")
-        wanted = sorted(set(indices))
-        if wanted[0] < 0 or wanted[-1] >= len(self._starts):
-            raise VideoReadError(
-                self._path,
-                f"has {len(self._starts)} frames, {wanted[0]} to {wanted[-1]} were asked for",
-            )
+        wanted = wanted_frames(self._path, len(self._starts), indices)
         try:
             found = self._decode(stream, wanted)
         except Exception as error:  # FFmpeg's errors have many classes

@@ -1,12 +1,19 @@
 """Folders of images and of flow pairs under the published templates."""
 
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from nlkernels.training.data.frame_folders import TEMPLATES, FrameFolder, Naming
+from nlkernels.training.data.frame_folders import (
+    TEMPLATES,
+    FrameFolder,
+    Naming,
+    guess_template,
+    locate,
+)
 from nlkernels.training.data.reader import VideoReadError
 
 image = pytest.importorskip("PIL.Image", reason="needs Pillow: pip install 'nlkernels[train]'")
@@ -77,6 +84,40 @@ def test_lists_of_something_v1_count_both_images():
     assert Naming("flow_{}_{:05d}.jpg", flow=True).frames_of(97) == 97
 
 
+def test_flow_in_the_colours_of_one_image_is_refused(tmp_path):
+    write(tmp_path / "a" / "img_00001.jpg", (90, 160, 0))
+    naming = Naming("img_{:05d}.jpg", flow=True)
+    with pytest.raises(VideoReadError, match=r"no such folder, but .*not from the colours of one"):
+        FrameFolder.open(tmp_path, "a", naming)
+    for axis in "uv":
+        write(tmp_path / axis / "b" / "img_00001.jpg", (90, 160, 0))
+        write(tmp_path / axis / "c" / "img_00001.jpg", 90)
+    with pytest.raises(VideoReadError, match=r"img_00001.jpg is a colour image, flow is read from"):
+        FrameFolder.open(tmp_path, "b", naming).frames([0])
+    # Three equal colours are grey.
+    assert (FrameFolder.open(tmp_path, "c", naming).frames([0]) == 90).all()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_are_found_by_the_images(tmp_path, name):
+    naming = Naming(TEMPLATES[name], flow=name.startswith("flow"))
+    fill(tmp_path, "12", naming, 2)
+    for folder in naming.folders(tmp_path, "12"):
+        found = Naming(guess_template(folder, flow=naming.flow), flow=naming.flow)
+        root, video = locate(folder, found)
+        expected = naming.paths(tmp_path, "12", 1)
+        assert found.paths(root, video, 1) == expected
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match=r"expected (flow|RGB) images in .*; set data.template"):
+        guess_template(tmp_path / "none", flow=naming.flow)
+
+
+def test_flow_of_two_folders_is_named_by_either():
+    naming = Naming("frame{:06d}.jpg", flow=True)
+    with pytest.raises(ValueError, match=r"expected a folder of images in u or v .*; name ROOT/u"):
+        locate(Path("a/b"), naming)
+
+
 def gone(root):
     (root / "a" / "img_00002.jpg").unlink()
 
@@ -118,7 +159,7 @@ def test_damaged_images_are_one_class_of_error(tmp_path, damage, reason):
 
 
 def test_folders_that_are_none(tmp_path):
-    with pytest.raises(VideoReadError, match="No such file"):
+    with pytest.raises(VideoReadError, match="no such folder"):
         FrameFolder.open(tmp_path, "none", Naming("{:05d}.jpg"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(VideoReadError, match="no images named like"):

@@ -70,6 +70,8 @@ def test_short_videos_train_in_no_published_list(write):
         ("a 300 x\n", "tsm", "expected whole numbers .* line 1, got 'x'"),
         ("ok 1\na -3\n", "caffe2", "line 2, got '-3'"),
         ("a.mp4 3,4\n", "caffe2", "expected one class per video .* got 3,4"),
+        ("a 300 1\nb 300 1 5\n", "mmaction", "got four in line 2 and 3 in line 1; .*one class"),
+        ("a 300 1 5 7\n", "mmaction", "columns .* line 1, got 5: .* give each video one class"),
     ],
 )
 def test_lines_that_are_no_videos(write, text, layout, message):
