@@ -10,20 +10,20 @@ namespace hopper {
 namespace {
 
 template <class Form>
-bool run(const HopperForward& a, const Launch& where, Error& error) {
+bool try_rows(const HopperForward& a, const Launch& where, Error& error) {
   if (!serves<Form>(a)) return false;
   error = run_forward<Form>(attend_rows<Form>, a, where);
   return true;
 }
 
 template <class Number>
-bool run_any(const HopperForward& a, const Launch& where, Error& error) {
-  return run<Form<Number, 80, 1, false, false>>(a, where, error) ||
-         run<Form<Number, 80, 2, false, false>>(a, where, error) ||
-         run<Form<Number, 64, 1, false, false>>(a, where, error) ||
-         run<Form<Number, 64, 2, false, false>>(a, where, error) ||
-         run<Form<Number, 112, 1, false, false>>(a, where, error) ||
-         run<Form<Number, 64, 1, true, false>>(a, where, error);
+bool try_rows_of(const HopperForward& a, const Launch& where, Error& error) {
+  return try_rows<Form<Number, 80, 1, false, false>>(a, where, error) ||
+         try_rows<Form<Number, 80, 2, false, false>>(a, where, error) ||
+         try_rows<Form<Number, 64, 1, false, false>>(a, where, error) ||
+         try_rows<Form<Number, 64, 2, false, false>>(a, where, error) ||
+         try_rows<Form<Number, 112, 1, false, false>>(a, where, error) ||
+         try_rows<Form<Number, 64, 1, true, false>>(a, where, error);
 }
 
 }  // namespace
@@ -31,7 +31,7 @@ bool run_any(const HopperForward& a, const Launch& where, Error& error) {
 Error forward_rows(const HopperForward& a, const Launch& where) {
   Error error = cudaErrorInvalidValue;
   if (a.value_depth <= kValues) {
-    run_any<Bfloat16>(a, where, error) || run_any<Float16>(a, where, error);
+    try_rows_of<Bfloat16>(a, where, error) || try_rows_of<Float16>(a, where, error);
   }
   return error;
 }

@@ -8,19 +8,19 @@ namespace nlk::cuda::hopper {
 namespace {
 
 template <class Form>
-bool run(const HopperForward& a, const Launch& where, Error& error) {
+bool try_split(const HopperForward& a, const Launch& where, Error& error) {
   if (!serves<Form>(a)) return false;
   error = run_forward<Form>(attend_split<Form>, a, where);
   return true;
 }
 
 template <class Number>
-bool run_any(const HopperForward& a, const Launch& where, Error& error) {
-  return run<Form<Number, 64, 1, false, false>>(a, where, error) ||
-         run<Form<Number, 64, 2, false, false>>(a, where, error) ||
-         run<Form<Number, 64, 1, false, true>>(a, where, error) ||
-         run<Form<Number, 64, 2, false, true>>(a, where, error) ||
-         run<Form<Number, 64, 1, true, false>>(a, where, error);
+bool try_split_of(const HopperForward& a, const Launch& where, Error& error) {
+  return try_split<Form<Number, 64, 1, false, false>>(a, where, error) ||
+         try_split<Form<Number, 64, 2, false, false>>(a, where, error) ||
+         try_split<Form<Number, 64, 1, false, true>>(a, where, error) ||
+         try_split<Form<Number, 64, 2, false, true>>(a, where, error) ||
+         try_split<Form<Number, 64, 1, true, false>>(a, where, error);
 }
 
 }  // namespace
@@ -28,7 +28,7 @@ bool run_any(const HopperForward& a, const Launch& where, Error& error) {
 Error forward_split(const HopperForward& a, const Launch& where) {
   Error error = cudaErrorInvalidValue;
   if (a.value_depth <= 2 * kValues) {
-    run_any<Bfloat16>(a, where, error) || run_any<Float16>(a, where, error);
+    try_split_of<Bfloat16>(a, where, error) || try_split_of<Float16>(a, where, error);
   }
   return error;
 }

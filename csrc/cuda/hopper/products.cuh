@@ -66,9 +66,11 @@ __device__ __forceinline__ void copy_queries(const TensorMap& query_map, std::ui
   constexpr int kParts = kRows / 64, kPart = 64 * kLineBytes;
   barrier_expect(full, p.depth_chunks * kParts * kPart);
 #pragma unroll 1
-  for (int part = 0; part < p.depth_chunks * kParts; ++part) {
-    copy_chunk<Form::kChannelFirst>(query_map, query + static_cast<std::uint32_t>(part * kPart), full,
-                                    row + part % kParts * 64, part / kParts, item);
+  for (int chunk = 0; chunk < p.depth_chunks; ++chunk) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part, query += kPart) {
+      copy_chunk<Form::kChannelFirst>(query_map, query, full, row + 64 * part, chunk, item);
+    }
   }
 }
 

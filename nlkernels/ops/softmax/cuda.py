@@ -1,5 +1,6 @@
 """Softmax attention in CUDA: which of its kernels runs a problem.
 
+hopper    `cuda_hopper.py`, forward, 16-bit operands of many channels on compute capability 9.0
 portable  nlkernels/ops/_cuda_attention.py, for every D and V, on every GPU that is served
 
 Unverified: no GPU has run these kernels.
@@ -8,6 +9,7 @@ Unverified: no GPU has run these kernels.
 import torch
 
 from nlkernels.ops import _cuda_attention
+from nlkernels.ops.softmax import cuda_hopper
 
 
 def forward(
@@ -18,6 +20,8 @@ def forward(
     workspace_mib: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return out (B,N,V) and stats (2,B,N)."""
+    if cuda_hopper.serves(query, key, value):
+        return cuda_hopper.forward(query, key, value, scale)
     return _cuda_attention.forward(_cuda_attention.SOFTMAX, query, key, value, scale)
 
 

@@ -1,4 +1,5 @@
 // The scheduler of the modelled machine, its copies and its products.
+#define NLK_HOPPER_EMULATION
 #include "test/cuda/hopper/machine.h"
 
 #include <algorithm>
@@ -35,6 +36,18 @@ void Machine::run(int blocks, int cluster_blocks, int threads, const std::functi
   for (int first = 0; first < blocks; first += cluster_size) run_cluster(first, threads);
 }
 
+void Machine::create(Fiber& made, int thread) {
+  made.stack.reset(new std::uint8_t[kStack]);
+  made.block = cluster.back().get();
+  made.warp = warps_.back().get();
+  made.thread = thread;
+  getcontext(&made.context);
+  made.context.uc_stack.ss_sp = made.stack.get();
+  made.context.uc_stack.ss_size = kStack;
+  made.context.uc_link = &scheduler_;
+  makecontext(&made.context, start, 0);
+}
+
 void Machine::run_cluster(int first, int threads) {
   cluster.clear();
   fibers_.clear();
@@ -48,17 +61,8 @@ void Machine::run_cluster(int first, int threads) {
     cluster.back()->rank = rank;
     for (int thread = 0; thread < threads; ++thread) {
       if (thread % 32 == 0) warps_.push_back(std::make_unique<Warp>());
-      auto fiber = std::make_unique<Fiber>();
-      fiber->stack.reset(new std::uint8_t[kStack]);
-      fiber->block = cluster.back().get();
-      fiber->warp = warps_.back().get();
-      fiber->thread = thread;
-      getcontext(&fiber->context);
-      fiber->context.uc_stack.ss_sp = fiber->stack.get();
-      fiber->context.uc_stack.ss_size = kStack;
-      fiber->context.uc_link = &scheduler_;
-      makecontext(&fiber->context, start, 0);
-      fibers_.push_back(std::move(fiber));
+      fibers_.push_back(std::make_unique<Fiber>());
+      create(*fibers_.back(), thread);
     }
   }
   // Rounds begin at a drawn warp, so that any of them may be ahead of the others.
@@ -84,6 +88,12 @@ void Machine::run_cluster(int first, int threads) {
     if (!moved && rounds == fibers_.size() && left > 0) throw std::runtime_error("deadlock");
   }
   if (!copies_.empty()) throw std::runtime_error("a block ended before its copies had landed");
+  for (const auto& block : cluster) {
+    for (const auto& [address, barrier] : block->barriers) {
+      if (barrier.pending != barrier.expected || barrier.bytes != 0)
+        throw std::runtime_error("a block ended in the middle of a barrier's phase");
+    }
+  }
 }
 
 void Machine::sync(bool of_cluster) {

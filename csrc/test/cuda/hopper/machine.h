@@ -4,7 +4,7 @@
 // computed at any time between commit and wait, warp by warp. In between, what must not be read is
 // NaN: the target of a copy, accumulators. Shared memory begins as NaN.
 //
-// Found as errors: deadlocks, barriers that more arrive at than they expect, accumulators and register
+// Found as errors: deadlocks, barriers left in the middle of a phase, accumulators and register
 // operands touched in flight, stores handed to products without a proxy fence, misplaced copies.
 // Not modelled: time, banks, the fence before products, the scopes of acquire and release.
 #ifndef NLK_TEST_CUDA_HOPPER_MACHINE_H_
@@ -152,6 +152,7 @@ class Machine {
  private:
   void land(std::size_t which);
   void multiply(const Block& block, Warp& warp, const Product& product, int warp_of_group);
+  void create(Fiber& made, int thread);
   void run_cluster(int first, int threads);
 
   std::mt19937_64 random_;

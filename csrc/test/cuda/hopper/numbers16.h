@@ -30,6 +30,7 @@ inline std::uint16_t rounded(float number, bool bfloat) {
   const auto sign = static_cast<std::uint16_t>(bits >> 16 & 0x8000);
   const float size = std::fabs(number);
   if (size >= 65520.0f) return sign | 0x7c00;
+  if (size == 0) return sign;
   int exponent = 0;
   std::frexp(size, &exponent);
   // The last place of a half of this size; rint rounds to even.

@@ -23,7 +23,12 @@ using TensorMap = CUtensorMap;
 
 __device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
 __device__ __forceinline__ int block_index() { return static_cast<int>(blockIdx.x); }
-__device__ __forceinline__ int block_count() { return static_cast<int>(gridDim.x); }
+// Volatile, so that it is read where it is needed: copying warps have no register to keep it in.
+__device__ __forceinline__ int block_count() {
+  std::uint32_t count;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(count));
+  return static_cast<int>(count);
+}
 
 // First address of dynamic shared memory that a swizzle atom may begin at.
 __device__ __forceinline__ std::uint32_t shared_start() {

@@ -1,0 +1,80 @@
+"""Which Hopper kernel takes which softmax problem, and why none does."""
+
+import pytest
+import torch
+
+from nlkernels._spec import Problem
+from nlkernels.ops.softmax import cuda_hopper, cuda_hopper_plan
+from nlkernels.ops.softmax.cuda_hopper_plan import SHARED_LIMIT
+
+HEADS = ((256, 256), (512, 256), (512, 512), (1024, 512), (1024, 256), (64, 136), (256, 512))
+
+
+def _problem(keys=784, depth=256, value_depth=256, dtype=torch.bfloat16) -> Problem:
+    return Problem(8, 3136, keys, depth, value_depth, dtype, "cuda")
+
+
+@pytest.mark.parametrize("channel_first", [False, True])
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_every_plan_fits_and_can_make_progress(head, channel_first):
+    depth, value_depth = head
+    plans = cuda_hopper_plan.alternatives(_problem(300, *head), channel_first)
+    assert len(set(plans)) == len(plans) >= 1
+    for plan in plans:
+        assert plan.shared_bytes(depth) <= SHARED_LIMIT, plan
+        # With one slot the last chunk of a tile would wait for itself.
+        assert plan.key_slots >= 2, plan
+        assert plan.value_slots >= 1, plan
+        assert plan.split == (value_depth > 256 or depth > 512)
+        assert plan.channel_first == channel_first
+
+
+@pytest.mark.parametrize(
+    ("keys", "width"),
+    [(196, 80), (392, 80), (784, 80), (1568, 80), (3136, 80), (320, 80), (64, 64)],
+)
+def test_tile_width_follows_the_padding(keys, width):
+    assert cuda_hopper_plan.plan(_problem(keys)).tile_keys == width
+
+
+def test_published_heads_fill_shared_memory_as_designed():
+    plans = {head: cuda_hopper_plan.plan(_problem(784, *head)) for head in HEADS[:4]}
+    slots = {head: (plan.key_slots, plan.value_slots) for head, plan in plans.items()}
+    assert slots == {
+        (256, 256): (8, 2),
+        (512, 256): (8, 1),
+        (512, 512): (10, 1),
+        (1024, 512): (9, 1),
+    }
+    assert [plan.streamed for plan in plans.values()] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (_problem(dtype=torch.float32), "bfloat16 and float16, not float32"),
+        (_problem(value_depth=64), "V = 64 would leave half"),
+        (_problem(value_depth=520), "V = 520 is more than"),
+        (_problem(value_depth=252), "no multiple of the 8"),
+        (_problem(depth=32), "D = 32 would leave most"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_reasons(problem, reason):
+    assert reason in cuda_hopper_plan.unserved(problem)
+
+
+def test_operands_of_other_machines_and_layouts_are_left_to_other_kernels(monkeypatch):
+    query = key = value = torch.zeros(1, 64, 256, dtype=torch.bfloat16)
+    assert "compute capability 9.0, not 8.0" in cuda_hopper.unserved(query, key, value)
+    monkeypatch.setattr("nlkernels._cuda.architecture", lambda tensor: 90)
+    assert cuda_hopper.serves(query, key, value)
+    first = torch.zeros(1, 256, 64, dtype=torch.bfloat16).mT
+    assert cuda_hopper.serves(first, first, first)
+    assert "cannot read query" in cuda_hopper.unserved(first, key, value)
+    odd = torch.zeros(1, 64, 260, dtype=torch.bfloat16)[:, :, 4:]
+    assert "cannot read key" in cuda_hopper.unserved(query, odd, value)
+    assert "nothing to compute" in cuda_hopper.unserved(query[:, :0], key, value)
+    # The stride of a single item is never used.
+    single = torch.zeros(64 * 256, dtype=torch.bfloat16).as_strided((1, 64, 256), (3, 256, 1))
+    assert cuda_hopper.serves(single, single, single)
