@@ -44,7 +44,7 @@ def _root() -> Path:
 def test_every_source_is_listed_once():
     cuda = SOURCES["cuda"]
     listed = [SOURCES["bindings"], *SOURCES["common"], *SOURCES["units"]]
-    listed += [cuda["bindings"], *cuda["units"]]
+    listed += [cuda["bindings"], *cuda["units"], *cuda["emulation"], *cuda["hopper_emulation"]]
     for test in SOURCES["tests"].values():
         own = [*test["files"], *test.get("units", ())]
         listed += [file for file in own if file.startswith("test/")]
