@@ -21,11 +21,20 @@ import numpy as np
 
 import nlkernels
 
+from . import shared_pixels
 from .reader import VideoReadError
 
 # torch is imported where a tensor is made, as in `reader`.
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+# Frames are megabytes, which glibc gives back to the system after every clip and then gets anew,
+# page by page: a fifth of the decoding time.
+_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(64 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
+}
 
 
 class Child:
@@ -38,29 +47,33 @@ class Child:
     Attributes:
         answers: Its output, to wait for.
         has_ended: No request can be sent any more.
+        reader: What reads the video that it has open.
     """
 
     def __init__(self, reader: str, timeout_s: float) -> None:
         self.has_ended = False
+        self.reader: ChildReader | None = None
         self._reader, self._timeout_s = reader, timeout_s
         self._is_ready = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 closed by `stop`
+        self._file = shared_pixels.create()
+        self._pixels = shared_pixels.SharedPixels(self._file)
         root = str(Path(nlkernels.__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         # -P: a stray module of the current folder must not be imported in place of a real one.
+        program = f"{__package__}.child_process"
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", f"{__package__}.child_process", reader, str(timeout_s)],
+            [sys.executable, "-P", "-m", program, reader, str(timeout_s), str(self._file)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            # Frames go through it: sixteen times the usual size costs fewer changes of process.
-            pipesize=2**20,
-            env={**os.environ, "PYTHONPATH": path},
+            pass_fds=(self._file,),
+            env={**_ALLOCATOR, **os.environ, "PYTHONPATH": path},
         )
         self.answers = self._process.stdout
 
     def send(self, request: dict[str, Any]) -> None:
-        """Send a request; its answer is waited for by `receive`."""
+        """Send a request; its answer is waited for by `receive`. ``close`` is not answered."""
         # A broken pipe is left to `receive`, which finds the end of the process.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -80,11 +93,8 @@ class Child:
         if line.endswith(b"\n"):
             answer = json.loads(line)
             self._is_ready = True
-            if not answer.get("bytes"):
-                return answer, None
-            pixels = np.empty(answer["bytes"], np.uint8)
-            if self.answers.readinto(pixels.data) == len(pixels):
-                return answer, pixels
+            size = answer.get("bytes")
+            return answer, self._pixels.take(size) if size else None
         self.has_ended = True
         code = self._process.wait()
         if not self._is_ready:
@@ -99,11 +109,13 @@ class Child:
 
     def stop(self) -> None:
         """End the process."""
+        self.has_ended = True
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
+        os.close(self._file)
 
     def _last_words(self) -> str:
         self._errors.seek(0)
@@ -115,7 +127,8 @@ class ChildReader:
     """A video that a child process of this process decodes; make one with `ChildReader.open`.
 
     One child serves all videos of a process, one after the other; opening the next video closes the
-    one before. It is started when first needed, and anew after it was lost.
+    one before. It is started when first needed, and anew after it was lost. Close a reader when its
+    frames are there: until then its decoder may decode ahead, for nobody.
 
     Args:
         path: The video file.
@@ -156,7 +169,8 @@ class ChildReader:
         answer, _ = child.receive()
         if "error" in answer:
             raise VideoReadError(path, answer["error"])
-        return cls(path, child, answer["num_frames"], answer["fps"])
+        child.reader = cls(path, child, answer["num_frames"], answer["fps"])
+        return child.reader
 
     @classmethod
     def stop_children(cls) -> None:
@@ -202,4 +216,8 @@ class ChildReader:
         return decoded[place]
 
     def close(self) -> None:
-        """The child keeps the file open until the next one; it has nothing else to give back."""
+        """Let the child close the file, if it is still the one that it has open."""
+        if self._child.reader is self:
+            self._child.reader = None
+            if not self._child.has_ended:
+                self._child.send({"do": "close"})

@@ -1,11 +1,13 @@
 """The process that decodes for `child.Child`; it must not import torch.
 
-Its arguments are the reader class as ``module:Class`` and the seconds one request may take.
-Requests come as JSON lines on standard input, answers go to standard output as JSON lines, each
-followed by as many raw bytes as it announces. The process ends when its input does.
+Its arguments are the reader class as ``module:Class``, the seconds that one request may take, and
+the descriptor of the memory for pixels (`shared_pixels`). Requests come as JSON lines on standard
+input, answers go to standard output as JSON lines; as many pixels as one announces (``bytes``) are
+in the memory until the next request. The process ends when its input does.
 
 Requests: ``try`` decodes three frames of a file, or all of them if a limit is given; ``open`` opens
-one and answers its length; ``frames`` decodes frames of the open one.
+one and answers its length; ``frames`` decodes frames of the open one; ``close`` closes it, without
+an answer.
 """
 
 import importlib
@@ -19,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .reader import VideoReadError
+from .shared_pixels import SharedPixels
 
 # Starting up: importing a decoder from a slow disk.
 _START_S = 60.0
@@ -26,7 +29,8 @@ _START_S = 60.0
 
 def main() -> None:
     """Answer requests until there are no more."""
-    reader_name, timeout_s = sys.argv[1], float(sys.argv[2])
+    reader_name, timeout_s, descriptor = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+    memory = SharedPixels(descriptor)
     # Decoders print; what they print must not get between the answers.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -41,9 +45,17 @@ def main() -> None:
     for line in sys.stdin.buffer:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, timeout_s)
+        if request["do"] == "close":
+            decoder.close()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            continue
         answer, pixels = decoder.serve(request)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        _answer(answers, answer, pixels)
+        if pixels is not None:
+            memory.put(pixels)
+            # Not kept until the next request: they are megabytes.
+            del pixels
+        _answer(answers, answer)
 
 
 class _Decoder:
@@ -54,14 +66,12 @@ class _Decoder:
         self._video: Any = None
 
     def serve(self, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Answer and pixels to send."""
+        """Answer, and the pixels that belong to it."""
         try:
             if request["do"] == "try":
                 return self._try(request["path"], request["max_bytes"])
             if request["do"] == "open":
-                if self._video is not None:
-                    self._video.close()
-                    self._video = None
+                self.close()
                 self._video = self._reader.open(request["path"])
                 return {"num_frames": len(self._video), "fps": float(self._video.fps)}, None
             pixels = np.ascontiguousarray(_frames(self._video, request["indices"]))
@@ -70,6 +80,12 @@ class _Decoder:
             return {"error": error.reason}, None
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"}, None
+
+    def close(self) -> None:
+        """Close the open video, if there is one."""
+        if self._video is not None:
+            self._video.close()
+            self._video = None
 
     def _try(self, path: str, max_bytes: int | None) -> tuple[dict[str, Any], np.ndarray | None]:
         with closing(self._reader.open(path)) as video:
@@ -93,10 +109,8 @@ def _frames(video: Any, indices: Any) -> np.ndarray:
     return np.asarray(getattr(video, "frames_array", video.frames)(indices))
 
 
-def _answer(answers: BinaryIO, answer: dict[str, Any], pixels: np.ndarray | None = None) -> None:
+def _answer(answers: BinaryIO, answer: dict[str, Any]) -> None:
     answers.write(json.dumps(answer).encode() + b"\n")
-    if pixels is not None:
-        answers.write(pixels.data)
     answers.flush()
 
 

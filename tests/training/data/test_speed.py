@@ -2,6 +2,7 @@
 
 import time
 from contextlib import closing
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,23 @@ NAMES = (
     "flipping_pancake.mkv",
 )
 STEPS = 4
+MOST_ROUNDS = 12
+# Of the bare loop's clips per second.
+SHARE = 0.9
+
+
+class Remembering:
+    """A sampler that notes the frames of every training clip."""
+
+    def __init__(self, sampler):
+        self._sampler, self.chosen = sampler, []
+
+    def train(self, *arguments):
+        self.chosen.append(self._sampler.train(*arguments))
+        return self.chosen[-1]
+
+    def __getattr__(self, name):
+        return getattr(self._sampler, name)
 
 
 @pytest.mark.gate
@@ -38,41 +56,50 @@ def test_clips_per_second_are_those_of_a_bare_loop(real_clips, tmp_path, decode)
             short_side=(256, 320),
             decode=decode,
         ),
-        optim=OptimConfig(steps=STEPS + 1, batch=len(NAMES)),
+        optim=OptimConfig(steps=STEPS, batch=len(NAMES)),
         run=RunConfig(out="unused", device="cpu"),
     )
     data = load_data(settings, seed=0).train
+    data.sampler = Remembering(data.sampler)
+    labels = [batch[1].tolist() for batch in training_batches(data, settings, seed=0, steps=STEPS)]
+    clips = iter(data.sampler.chosen)
+    # What the loader decodes in every step, as (video, frames).
+    plan = [[(label, next(clips)) for label in batch] for batch in labels]
 
-    def with_loader():
-        batches = iter(training_batches(data, settings, seed=0, steps=STEPS + 1))
-        next(batches)
-        began = time.perf_counter()
-        clips = sum(len(labels) for _, labels, _ in batches)
-        return clips / (time.perf_counter() - began)
+    def bare(step):
+        batch = None
+        for place, (number, chosen) in enumerate(plan[step]):
+            with closing(open_video(paths[number])) as video:
+                frames = video.frames(chosen)
+            generator = torch.Generator().manual_seed(100 * step + place)
+            view = data.transform.view(*frames.shape[1:3], generator, crop=0, label=number)
+            if batch is None:
+                batch = torch.empty(len(NAMES), *view.shape(frames))
+            data.transform.render(frames, view, out=batch[place])
 
-    def bare():
-        began = time.perf_counter()
-        for seed in range(STEPS):
-            # Kept until they are a batch, as by any loop: memory that is used again is faster.
-            clips = []
-            for number, path in enumerate(paths):
-                generator = torch.Generator().manual_seed(seed * 100 + number)
-                with closing(open_video(path)) as video:
-                    chosen = data.sampler.train(len(video), video.fps, generator)
-                    frames = video.frames(chosen)
-                view = data.transform.view(*frames.shape[1:3], generator, crop=0, label=number)
-                clips.append(data.transform.render(frames, view))
-        return STEPS * len(paths) / (time.perf_counter() - began)
+    def one_round(number):
+        """Shortest times of all steps so far; who is first finds the file out of the cache."""
+        batches = iter(training_batches(data, settings, seed=0, steps=STEPS))
+        for step in range(STEPS):
+            runs = [(with_loader, partial(next, batches)), (alone, partial(bare, step))]
+            for times, run in runs if (step + number) % 2 else reversed(runs):
+                began = time.perf_counter()
+                run()
+                times[step] = min(times[step], time.perf_counter() - began)
 
+    with_loader, alone = [float("inf")] * STEPS, [float("inf")] * STEPS
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        # In turns, best of each: other programs on the machine slow either down.
-        rates = [(with_loader(), bare()) for _ in range(4)]
+        # Other programs only ever make a step longer: on a machine under load it takes more rounds.
+        for number in range(MOST_ROUNDS):
+            one_round(number)
+            if number >= 3 and sum(alone) >= SHARE * sum(with_loader):
+                break
     finally:
         torch.set_num_threads(threads)
         ChildReader.stop_children()
-    loader, alone = (max(pair[place] for pair in rates) for place in range(2))
-    print(f"{decode}: {loader:.1f} of {alone:.1f} clips/s")
-    # A clip through another process is copied twice more.
-    assert loader >= (0.9 if decode == "inside" else 0.8) * alone
+    count = STEPS * len(NAMES)
+    rates = count / sum(with_loader), count / sum(alone)
+    print(f"{decode}: {rates[0]:.1f} of {rates[1]:.1f} clips/s after {number + 1} rounds")
+    assert rates[0] >= SHARE * rates[1]
