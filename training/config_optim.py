@@ -58,6 +58,9 @@ class OptimConfig:
     warmup_form: Literal["last", "first", "both"] = "last"
     """Step that meets an end of the warm-up exactly: ``last`` has the whole rate, ``first`` the
     share ``warmup_start``, ``both`` does both."""
+    warmup_every: Literal["step", "epoch"] = "step"
+    """Whether the warm-up rises with every step, or only from epoch to epoch, whose first and last
+    are then what ``warmup_form`` speaks of (``unit: epoch`` only)."""
     warmup_to: Literal["lr", "schedule"] = "lr"
     """Whether the warm-up rises to ``lr`` or to what the schedule has at its end."""
     steps: int | None = None
@@ -138,6 +141,7 @@ IGNORED_WHEN = (
     ("optim.cosine_period", "optim.schedule", _not_in("cosine")),
     ("optim.warmup_start", "optim.warmup", _is(0)),
     ("optim.warmup_form", "optim.warmup", _is(0)),
+    ("optim.warmup_every", "optim.warmup", _is(0)),
     ("optim.warmup_to", "optim.warmup", _is(0)),
     ("optim.max_skips", "optim.precision", _not_in("float16")),
 )
@@ -196,7 +200,13 @@ def _check_schedule(optim: OptimConfig) -> None:
             f"config: expected optim.milestones that grow, got {list(optim.milestones)}; "
             "sort them, each once"
         )
-    if optim.warmup_form == "both" and optim.warmup == 1 and optim.unit == "step":
+    if optim.warmup_every == "epoch" and optim.unit == "step":
+        raise ValueError(
+            "config: expected optim.unit=epoch with optim.warmup_every=epoch, got step; count "
+            "warm-up and milestones in epochs"
+        )
+    by_step = optim.unit == "step" or optim.warmup_every == "epoch"
+    if optim.warmup_form == "both" and optim.warmup == 1 and by_step:
         raise ValueError(
             "config: expected optim.warmup of 2 steps or more with optim.warmup_form=both, got 1; "
             "one step cannot meet both ends"

@@ -81,6 +81,11 @@ class Schedule:
     def _warmed(self, step: int, time: float) -> tuple[float, float]:
         """What a step of the warm-up has behind it, and the whole of it."""
         optim = self._optim
+        if optim.warmup_every == "epoch":
+            epoch, length = _whole(time), optim.warmup
+            if optim.warmup_form == "both":
+                length -= 1
+            return epoch + (optim.warmup_form == "last"), length
         if optim.warmup_form == "first":
             return time, optim.warmup
         if optim.warmup_form == "last":
@@ -114,11 +119,15 @@ class Schedule:
         end = self._end if optim.cosine_period is None else start + optim.cosine_period
         if optim.cosine_every == "epoch":
             epoch = self._clips / optim.batch if optim.unit == "step" else 1
-            # A rounded quotient may just miss the boundary that it lies on.
-            time = math.floor(time / epoch + 1e-9) * epoch
+            time = _whole(time / epoch) * epoch
         # A training may be shorter than its warm-up.
         progress = (time - start) / (end - start) if end > start else 0.0
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _whole(epochs: float) -> int:
+    """Whole epochs; a rounded quotient may just miss the boundary that it lies on."""
+    return math.floor(epochs + 1e-9)
 
 
 class Plateau:

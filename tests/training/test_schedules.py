@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from nlkernels.training.config_file import load_config
 from nlkernels.training.config_optim import OptimConfig
 from nlkernels.training.schedules import Plateau, Schedule
 
@@ -72,18 +73,66 @@ def test_mmaction_milestones_by_epoch():
     assert found == pytest.approx([0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4])
 
 
-def test_mmaction_slowonly_warms_up_by_iteration():
+def test_a_warmup_by_iteration_meets_both_ends():
+    optim = by_epoch(lr=0.01, schedule="constant", warmup=10, warmup_start=0.1, warmup_form="both")
+    found = rates(optim, 200, clips=40, of=(0, 1, 99, 100))
+    assert found == pytest.approx([1e-3, 1e-3 + 0.009 / 99, 0.01, 0.01])
+
+
+def mmaction(lr, epochs, *, warmup, begin, milestones):
+    """Rates by epoch of LinearLR(start_factor=0.1, begin=0, end=warmup) and MultiStepLR.
+
+    As mmengine chains them: each has a counter of its own, which starts at its ``begin``, and
+    changes the rate that the epoch before left.
+    """
+    found, rate = [], lr
+    for epoch in range(epochs):
+        if epoch == 0:
+            rate *= 0.1
+        elif epoch < warmup:
+            rate *= 1 + 0.9 / ((warmup - 1) * 0.1 + (epoch - 1) * 0.9)
+        if epoch - begin in milestones:
+            rate *= 0.1
+        found.append(rate)
+    return found
+
+
+MMACTION = {
+    "mmaction_slowonly_r50_nl_4x16_150e": (0.01, 150, 10, 10, (90, 130)),
+    "mmaction_slowonly_r50_nl_8x8_150e": (0.01, 150, 10, 10, (90, 130)),
+    "mmaction_tsm_r50_nl_embedded_gaussian_8f_50e": (0.02, 50, 5, 0, (25, 45)),
+}
+
+
+@pytest.mark.parametrize("name", MMACTION)
+def test_mmaction_warms_up_by_whole_epochs(name):
+    lr, epochs, warmup, begin, milestones = MMACTION[name]
+    expected = mmaction(lr, epochs, warmup=warmup, begin=begin, milestones=milestones)
+    optim = load_config(name).optim
+    # Passes of 10 steps, and passes that steps do not divide.
+    for clips in (1280, 1000):
+        steps = epochs * clips // optim.batch
+        schedule = Schedule(optim, steps=steps, clips=clips)
+        found = [schedule.rate(step) for step in range(steps)]
+        by_step = [expected[step * optim.batch // clips] for step in range(steps)]
+        assert found == pytest.approx(by_step, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [("first", [0.1, 0.4, 0.7, 1]), ("last", [0.4, 0.7, 1, 1]), ("both", [0.1, 0.55, 1, 1])],
+)
+def test_forms_of_a_warmup_by_whole_epochs(form, expected):
     optim = by_epoch(
-        lr=0.01,
-        schedule="step",
-        milestones=(90, 130),
-        warmup=10,
+        lr=1.0,
+        schedule="constant",
+        warmup=3,
         warmup_start=0.1,
-        warmup_form="both",
+        warmup_form=form,
+        warmup_every="epoch",
     )
-    found = rates(optim, 1500, clips=40, of=(0, 1, 99, 100, 899, 900, 1300))
-    slope = 0.009 / 99
-    assert found == pytest.approx([1e-3, 1e-3 + slope, 0.01, 0.01, 0.01, 1e-3, 1e-4])
+    found = rates(optim, 40, clips=40)
+    assert found == pytest.approx([rate for rate in expected for _ in range(10)])
 
 
 @pytest.mark.parametrize("counted_from", [0, 1])

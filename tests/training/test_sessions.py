@@ -215,6 +215,10 @@ MISTAKES = {
     ),
     "milestones": (["optim.schedule=step", "optim.milestones=[4,2]"], "milestones that grow"),
     "warmup": (["optim.warmup=1", "optim.warmup_form=both"], "of 2 steps or more"),
+    "warmup-of-epochs": (
+        ["optim.warmup=2", "optim.warmup_every=epoch"],
+        "expected optim.unit=epoch with optim.warmup_every=epoch, got step",
+    ),
     "dampening": (["optim.dampening=0.9"], "expected optim.dampening 0 with optim.nesterov"),
     "plateau": (["optim.schedule=plateau"], "expected run.test_every with optim.schedule=plateau"),
     "freezing-twice": (["optim.only_nonlocal=true", "optim.ft_begin_index=8"], "expected one of"),
