@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 4) walk_kernel(const Walk walk) {
   const float top = walk.a.tops[task.item];
   const float start = level_at(walk, task.item, first > 0 ? first - 1 : 0);
 
-  // Below the chunk, and within it.
+  // Below the chunk, up to its start, and within it, up to the last source.
   float totals[kHeld], stairs[kHeld], own_totals[kHeld] = {}, own_stairs[kHeld] = {};
 #pragma unroll
   for (int held = 0; held < kHeld; ++held) {
@@ -215,16 +215,13 @@ __global__ void __launch_bounds__(kThreads, 4) walk_kernel(const Walk walk) {
         if (whose < 0) break;
         const Step step = step_of(walk, whose);
         const float level = shuffle(own_level, part + i);
-        if (kOut) {
-#pragma unroll
-          for (int held = 0; held < kHeld; ++held)
-            own_stairs[held] = climbed(own_stairs[held], level, here, own_totals[held]);
-          here = level;
-        }
         if (step.is_source) {
 #pragma unroll
-          for (int held = 0; held < kHeld; ++held)
+          for (int held = 0; held < kHeld; ++held) {
+            if (kOut) own_stairs[held] = climbed(own_stairs[held], level, here, own_totals[held]);
             own_totals[held] = fmaf(walk.unit, numbers[i][held], own_totals[held]);
+          }
+          here = level;
           continue;
         }
         if (kDots) {
@@ -245,7 +242,8 @@ __global__ void __launch_bounds__(kThreads, 4) walk_kernel(const Walk walk) {
           const bool is_bad = !(highest <= kMost);
 #pragma unroll
           for (int held = 0; held < kHeld; ++held) {
-            const float stair = climbed(stairs[held], level, start, totals[held]) + own_stairs[held];
+            const float stair = climbed(stairs[held], level, start, totals[held]) +
+                                climbed(own_stairs[held], level, here, own_totals[held]);
             const float total = totals[held] + own_totals[held];
             if (held < present)
               out[step.row * walk.a.channels + held * kLanes] =

@@ -160,7 +160,19 @@ __device__ __forceinline__ void write_stats(const Reading& a, Softmax softmax, i
   stats[2] = softmax.error;
 }
 
-constexpr int kChains = 2;
+// The products of the first `present` of a thread's numbers with factors `step` apart: in several
+// chains of sums, which round less than a long one.
+__device__ __forceinline__ float product_of(const float (&numbers)[kGateHeld], const float* factor,
+                                            int step, int present) {
+  constexpr int kChains = 4;
+  float sums[kChains] = {};
+#pragma unroll
+  for (int slot = 0; slot < kGateHeld; ++slot) {
+    if (slot < present) sums[slot % kChains] = fmaf(*factor, numbers[slot], sums[slot % kChains]);
+    factor += step;
+  }
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
 
 // Positions are neighbours in memory, or nothing is.
 template <typename T, int kPositions, bool kBackward>
@@ -174,6 +186,9 @@ __global__ void __launch_bounds__(kGateThreads) read_positions_kernel(const Read
   const float expected = load_factors<T, kBackward>(a, item, factors, buffers);
   const int own = threadIdx.x % kPositions, group = threadIdx.x / kPositions;
   const T* const x = static_cast<const T*>(a.x) + item * a.item + group * a.channel;
+  // Of the thread's channels, group + slot * groups, so many exist.
+  const int present = (a.channels - group + groups - 1) / groups;
+  const std::int64_t step = groups * a.channel;
   float* const scores = a.scores + item * 2 * a.positions.count;
 
   Softmax softmax = {negative_infinity(), 0.0f, 0.0f};
@@ -184,28 +199,17 @@ __global__ void __launch_bounds__(kGateThreads) read_positions_kernel(const Read
   for (std::int64_t tile = first; tile < last; ++tile) {
     const unsigned position = static_cast<unsigned>(tile * kPositions) + own;
     const bool is_inside = position < a.positions.count;
-    const T* const from = x + a.positions.offset(is_inside ? position : 0);
+    const T* from = x + a.positions.offset(is_inside ? position : 0);
+    const int reads = is_inside ? present : 0;
     float numbers[kGateHeld];
 #pragma unroll
     for (int slot = 0; slot < kGateHeld; ++slot) {
-      const bool reads = is_inside && slot * groups + group < a.channels;
-      numbers[slot] = reads ? to_float(from[slot * groups * a.channel]) : 0.0f;
+      numbers[slot] = slot < reads ? to_float(*from) : 0.0f;
+      from += step;
     }
-    // Several short chains of sums round less than a long one.
-    float logits[kChains] = {}, products[kChains] = {};
-#pragma unroll
-    for (int slot = 0; slot < kGateHeld; ++slot) {
-      const int channel = slot * groups + group;
-      if (channel >= a.channels) continue;
-      float& chain = logits[slot % kChains];
-      chain = fmaf(factors[channel], numbers[slot], chain);
-      if (kBackward) {
-        float& other = products[slot % kChains];
-        other = fmaf(factors[a.channels + channel], numbers[slot], other);
-      }
-    }
-    float logit = (logits[0] + logits[1]) + (logits[2] + logits[3]);
-    float above = (products[0] + products[1]) + (products[2] + products[3]);
+    const float* const factor = factors + group;
+    float logit = product_of(numbers, factor, groups, present);
+    float above = kBackward ? product_of(numbers, factor + a.channels, groups, present) : 0.0f;
 #pragma unroll
     for (int distance = kPositions; distance < 32; distance *= 2) {
       logit += shuffle_xor(logit, distance);
