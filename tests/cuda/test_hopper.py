@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks import hopper_plans
 from nlkernels._rule import OUTPUT
 from nlkernels._spec import Problem
 from nlkernels.ops.softmax import cuda_hopper, cuda_hopper_plan, reference
@@ -50,6 +51,7 @@ def _check(operands, scale, got):
         ((2, 70, 141, 1024, 512), HALF, False, 1024**-0.5),
         ((1, 33, 130, 1000, 264), BRAIN, False, -0.03),
         ((1, 72, 136, 512, 512), HALF, True, 0.04),
+        ((1, 8, 72, 1024, 512), BRAIN, True, 0.03),
         ((2, 1, 1, 64, 512), BRAIN, False, 1.0),
     ],
     ids=str,
@@ -112,6 +114,17 @@ def test_sums_of_the_largest_values_stay_finite():
     with emulation():
         out, _ = cuda_hopper.forward(query * 0, key, value, 1.0)
     assert torch.equal(out, value[:, :4])
+
+
+def test_the_comparison_of_plans_tells_wrong_results():
+    operands = _operands((1, 20, 90, 256, 256), BRAIN)
+
+    def run(scale):
+        return lambda: cuda_hopper.forward(*operands, scale)[0]
+
+    with emulation():
+        assert hopper_plans._fault(operands, run(1 / 16)) == ""
+        assert "error" in hopper_plans._fault(operands, run(1 / 8))
 
 
 def test_unfit_plans_are_refused():

@@ -20,7 +20,8 @@ bool try_split_of(const HopperForward& a, const Launch& where, Error& error) {
          try_split<Form<Number, 64, 2, false, false>>(a, where, error) ||
          try_split<Form<Number, 64, 1, false, true>>(a, where, error) ||
          try_split<Form<Number, 64, 2, false, true>>(a, where, error) ||
-         try_split<Form<Number, 64, 1, true, false>>(a, where, error);
+         try_split<Form<Number, 64, 1, true, false>>(a, where, error) ||
+         try_split<Form<Number, 64, 1, true, true>>(a, where, error);
 }
 
 }  // namespace
