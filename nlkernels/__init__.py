@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         SegmentBlock,
         set_nonlocal_backend,
     )
+    from .patching import insert_nonlocal, replace_nonlocal, restore_nonlocal
     from .verify import verify
 
 __version__ = "0.1.0"
@@ -43,9 +44,12 @@ __all__ = [
     "SegmentBlock",
     "channel_gate",
     "explain",
+    "insert_nonlocal",
     "nonlocal_attention",
     "nonlocal_concat",
     "region_aggregate",
+    "replace_nonlocal",
+    "restore_nonlocal",
     "set_nonlocal_backend",
     "verify",
     "warmup",
@@ -59,9 +63,12 @@ _HOME = {
     "SegmentBlock": ".modules",
     "channel_gate": ".functional",
     "explain": ".functional",
+    "insert_nonlocal": ".patching",
     "nonlocal_attention": ".functional",
     "nonlocal_concat": ".functional",
     "region_aggregate": ".functional",
+    "replace_nonlocal": ".patching",
+    "restore_nonlocal": ".patching",
     "set_nonlocal_backend": ".modules",
     "verify": ".verify",
     "warmup": "._warmup",

@@ -185,7 +185,7 @@ def _met(model: nn.Module, sample: torch.Tensor) -> list[tuple[str, Any, _Layout
         layout = _Layout.of(operands)
         met.setdefault((op, problem, layout), (op, problem, layout))
 
-    with _unchanged(model), torch.no_grad():
+    with unchanged(model), torch.no_grad():
         before, _select.recorder = _select.recorder, record
         try:
             model(sample)
@@ -195,7 +195,7 @@ def _met(model: nn.Module, sample: torch.Tensor) -> list[tuple[str, Any, _Layout
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
     """Give back buffers and random states as they were."""
     kept = [
         (module, name, buffer, buffer.detach().clone())

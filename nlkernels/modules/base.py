@@ -266,7 +266,7 @@ class NonLocalBlock(nn.Module):
         inputs.check(self, x)
         apart = self._apart(x)
         with torch.no_grad():
-            rows = (plain if apart else fast).operands(self, x)
+            rows = self._operands(x, bool(apart))
         if self.kind == "concat":
             found = functional.explain("nonlocal_concat", *rows, backend=self._backend)
         else:
@@ -286,9 +286,17 @@ class NonLocalBlock(nn.Module):
 
     def _apart(self, x: torch.Tensor) -> list[str]:
         """Why the layers run one after another for an input; an empty list where they do not."""
-        found = fast.obstacles(self)
+        found = self._obstacles()
         small = "" if found else choice.small(self, x)
         return [small] if small else found
+
+    def _obstacles(self) -> list[str]:
+        """Why the layers run one after another for every input."""
+        return fast.obstacles(self)
+
+    def _operands(self, x: torch.Tensor, apart: bool) -> tuple[torch.Tensor, ...]:
+        """Operands of the attention, as one of the two ways lays them out."""
+        return (plain if apart else fast).operands(self, x)
 
     @property
     def _name(self) -> str:

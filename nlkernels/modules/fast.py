@@ -48,7 +48,7 @@ def obstacles(block: "NonLocalBlock") -> list[str]:
     found = []
     for name in _PARTS:
         part = getattr(block, name, None)
-        if part is not None and _is_watched(part):
+        if part is not None and is_watched(part):
             found.append(f"{name} has hooks, which see what passes there")
         elif isinstance(part, nn.Module) and type(part) is not _type_of(block, name, part):
             found.append(f"{name} is a {type(part).__name__}")
@@ -58,7 +58,8 @@ def obstacles(block: "NonLocalBlock") -> list[str]:
     return found
 
 
-def _is_watched(part: nn.Module) -> bool:
+def is_watched(part: nn.Module) -> bool:
+    """Whether hooks of a layer see what passes through it."""
     hooks = (
         part._forward_hooks,
         part._forward_pre_hooks,

@@ -24,7 +24,7 @@ def row(block: "NonLocalBlock", x: torch.Tensor, query: tuple[int, ...]) -> torc
         point, keys = region[at], plain.pooled(block, region, "after")
     else:
         source = plain.pooled(block, x, "before")
-        if block.kind == "concat" and not fast.obstacles(block):
+        if block.kind == "concat" and not block._obstacles():
             return _concatenated(block, x[at], source)
         point, keys = plain.query_map(block, x[at]), plain.key_map(block, source)
     rows = plain.as_operands(block, point, keys)

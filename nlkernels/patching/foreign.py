@@ -1,0 +1,265 @@
+"""Where each system's block keeps its parts, and what it does with them."""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from nlkernels import functional
+from nlkernels._select import Explanation
+from nlkernels._systems import depthwise_from_dense
+from nlkernels.modules import fast
+from nlkernels.patching.view import (
+    CONV_MODULE,
+    View,
+    convolution,
+    first,
+    is_bare,
+    own_class,
+    path_of,
+)
+
+
+class PoolFirst(View):
+    """PySlowFast's and pytorchvideo's block: a pooled x makes key and value."""
+
+    __slots__ = ()
+
+    pool_order = "before"
+    theta = property(lambda self: self.module.conv_theta)
+    phi = property(lambda self: self.module.conv_phi)
+    g = property(lambda self: self.module.conv_g)
+    out = property(lambda self: self.module.conv_out)
+    # Releases of PySlowFast call it either way, and some have none.
+    norm = property(lambda self: first(self.module, "bn", "norm"))
+    kind = property(lambda self: self.module.instantiation)
+
+    @property
+    def pool(self) -> nn.Module | None:
+        return (
+            getattr(self.module, "pool", None) if getattr(self.module, "use_pool", True) else None
+        )
+
+    def refuses(self) -> str:
+        return "" if self.kind in ("softmax", "dot_product") else f"instantiation {self.kind!r}"
+
+    def maps(self, x):
+        query = self.theta(x)
+        source = x if self.pool is None else self.pool(x)
+        return query, self.phi(source), self.g(source)
+
+    def ending(self, y):
+        out = self.out(y)
+        return out if self.norm is None else self.norm(out)
+
+
+class Timm(View):
+    """timm's block for images: no pooling, scores scaled by the width of the input."""
+
+    __slots__ = ()
+
+    kind, dims, pool = "softmax", 2, None
+    theta = property(lambda self: self.module.t)
+    phi = property(lambda self: self.module.p)
+    g = property(lambda self: self.module.g)
+    out = property(lambda self: self.module.z)
+    norm = property(lambda self: self.module.norm)
+    scale = property(lambda self: float(self.module.scale))
+
+    def maps(self, x):
+        return self.theta(x), self.phi(x), self.g(x)
+
+    def ending(self, y):
+        return self.norm(self.out(y))
+
+
+class PoolAfter(View):
+    """The block of Non-local_pytorch, TSM's and mmcv's: key and value are pooled separately."""
+
+    __slots__ = ()
+
+    theta = property(lambda self: None if self._bare else convolution(self.module.theta))
+    phi = property(lambda self: None if self._bare else convolution(self.module.phi))
+    g = property(lambda self: convolution(self.module.g))
+    _bare = property(lambda self: self.kind == "gaussian")
+    # The name of the layer that makes a concatenation's scores.
+    joined = "concat_project"
+
+    @property
+    def pool(self) -> nn.Module | None:
+        return self.module.g[1] if isinstance(self.module.g, nn.Sequential) else None
+
+    @property
+    def concat_weight(self) -> torch.Tensor:
+        return convolution(self.module.concat_project).weight.view(2, -1)
+
+    def strange(self) -> str:
+        if self.kind == "concat":
+            if nn.modules.module._has_any_global_hook():
+                return "hooks of all modules, which see a concatenation's scores"
+            for name, part in self.module.concat_project.named_modules():
+                if fast.is_watched(part):
+                    return f"hooks of {self.joined} {name}, which see all scores".replace("  ", " ")
+        return ""
+
+    def maps(self, x):
+        value = self.module.g(x)
+        if not self._bare:
+            return self.module.theta(x), self.module.phi(x), value
+        return x, x if self.pool is None else self.module.phi(x), value
+
+    def wrapped(self) -> list[str]:
+        containers = [self.module.g, *([] if self._bare else [self.module.theta, self.module.phi])]
+        for layer in containers:
+            if isinstance(layer, nn.Sequential):
+                if type(layer) is not nn.Sequential or len(layer) != 2:
+                    return [f"a {type(layer).__name__} holds a projection"]
+                layer = layer[0]
+            if path_of(type(layer)) == CONV_MODULE and not is_bare(layer, with_norm=False):
+                return ["a ConvModule does more than to convolve"]
+        return []
+
+
+class AlexHex7(PoolAfter):
+    """Non-local_pytorch: a file for each kind, and the same classes in all of them."""
+
+    __slots__ = ()
+
+    scale = 1.0
+    dims = property(lambda self: self.module.dimension)
+    _KINDS: ClassVar = {
+        "non_local_gaussian": "gaussian",
+        "non_local_embedded_gaussian": "softmax",
+        "non_local_dot_product": "dot_product",
+        "non_local_concatenation": "concat",
+    }
+
+    @property
+    def kind(self) -> str:
+        return self._KINDS.get(own_class(self.module).__module__.rpartition(".")[2], "softmax")
+
+    @property
+    def out(self) -> nn.Module:
+        return convolution(self.module.W)
+
+    @property
+    def norm(self) -> nn.Module | None:
+        return self.module.W[1] if isinstance(self.module.W, nn.Sequential) else None
+
+    def strange(self) -> str:
+        if getattr(self.module, "store_last_batch_nl_map", False):
+            return "a request to store the map"
+        return super().strange()
+
+    def ending(self, y):
+        return self.module.W(y)
+
+    def wrapped(self) -> list[str]:
+        if isinstance(self.module.W, nn.Sequential) and len(self.module.W) != 2:
+            return ["W has more than a convolution and a norm"]
+        return super().wrapped()
+
+
+class Mmcv(PoolAfter):
+    """mmcv's block, which mmaction2 uses: layers inside of ConvModules, scaled on demand."""
+
+    __slots__ = ()
+
+    _KINDS: ClassVar = {
+        "gaussian": "gaussian",
+        "embedded_gaussian": "softmax",
+        "dot_product": "dot_product",
+        "concatenation": "concat",
+    }
+    kind = property(lambda self: self._KINDS[self.module.mode])
+    out = property(lambda self: convolution(self.module.conv_out))
+    norm = property(lambda self: self.module.conv_out.norm)
+
+    @property
+    def dims(self) -> int:
+        return int(own_class(self.module).__name__[-2])
+
+    @property
+    def scale(self) -> float | None:
+        scaled = self.kind == "softmax" and self.module.use_scale
+        return None if scaled else 1.0
+
+    def ending(self, y):
+        return self.module.conv_out(y)
+
+    def wrapped(self) -> list[str]:
+        if not is_bare(self.module.conv_out, with_norm=True):
+            return ["conv_out does more than to convolve and normalise"]
+        return super().wrapped()
+
+
+class Region(View):
+    """Region-based: query and key are theta's aggregated map, the value is theta's own."""
+
+    __slots__ = ()
+
+    constants = ("penta.mask",)
+    stored = ("attention_maps", "feature_maps")
+    phi = g = None
+    scale = 1.0
+    theta = property(lambda self: self.module.theta)
+    region_l2norm = property(lambda self: bool(getattr(self.module, "use_norm", False)))
+
+    @property
+    def kind(self) -> str:
+        return f"region_{getattr(self.module, 'activation', 'softmax')}"
+
+    @property
+    def out(self) -> nn.Module:
+        return convolution(self.module.W)
+
+    @property
+    def norm(self) -> nn.Module | None:
+        return self.module.W[1] if isinstance(self.module.W, nn.Sequential) else None
+
+    @property
+    def pool(self) -> nn.Module | None:
+        if not getattr(self.module, "sub_sample", False):
+            return None
+        found = (part for part in self.module.children() if isinstance(part, nn.MaxPool3d))
+        return next(found, None)
+
+    @property
+    def region(self) -> "Aggregation | None":
+        penta = getattr(self.module, "penta", None)
+        return None if penta is None else Aggregation(penta)
+
+    def refuses(self) -> str:
+        known = self.kind in ("region_softmax", "region_relu")
+        return "" if known else f"activation {self.kind.removeprefix('region_')!r}"
+
+    def maps(self, x):
+        value = self.theta(x)
+        penta = getattr(self.module, "penta", None)
+        query = value if penta is None else penta(value)
+        if self.region_l2norm:
+            query = nn.functional.normalize(query, dim=1)
+        if self.pool is None:
+            return query, query, value
+        return query, self.pool(query), self.pool(value)
+
+    def ending(self, y):
+        return self.module.W(y)
+
+
+class Aggregation:
+    """A region's dense, masked layer as the depthwise operation that it is."""
+
+    __slots__ = ("penta",)
+
+    def __init__(self, penta: nn.Module) -> None:
+        self.penta = penta
+
+    def __call__(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        return functional.region_aggregate(x, self._weight(), backend=backend)
+
+    def explain(self, x: torch.Tensor, backend: str = "auto") -> Explanation:
+        return functional.explain("region_aggregate", x, self._weight(), backend=backend)
+
+    def _weight(self) -> torch.Tensor:
+        return depthwise_from_dense(self.penta.weight)

@@ -1,0 +1,135 @@
+"""Copies of a block beside the model: to run it without hooks, buffers or numbers of the model's.
+
+`difference` runs a block of another system, and the same block as it is computed here, in float64
+with random weights on a small random clip. Zeros that make a new block the identity would hide all
+that comes before them.
+"""
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+from nlkernels.patching.classes import Replaced, exchange
+from nlkernels.patching.view import View
+
+# Positions of the random clip, which no usual pool divides, by the number of dimensions.
+_POSITIONS = {1: (11,), 2: (5, 7), 3: (2, 5, 5)}
+# Of float64 numbers whose largest is 1.
+_TOLERANCE = 1e-9
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def twin(module: nn.Module, dtype: torch.dtype | None = None, device: object = None) -> nn.Module:
+    """A module of the same classes and values without hooks; its tensors are copies.
+
+    Args:
+        module: it.
+        dtype: of the floating-point copies; None is that of each.
+        device: of the copies; None is that of each, meta tensors have zeros on "cpu".
+    """
+
+    def copied(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        wanted = dtype if tensor.is_floating_point() else None
+        if tensor.is_meta and device is not None:
+            return torch.zeros(tensor.shape, dtype=wanted or tensor.dtype, device=device)
+        return tensor.detach().to(device=device, dtype=wanted, copy=True)
+
+    made = type(module).__new__(type(module))
+    made.__dict__.update(module.__dict__)
+    made.__dict__.update({name: OrderedDict() for name in _HOOKS})
+    made.__dict__["_parameters"] = {
+        name: None if each is None else nn.Parameter(copied(each), each.requires_grad)
+        for name, each in module._parameters.items()
+    }
+    made.__dict__["_buffers"] = {name: copied(each) for name, each in module._buffers.items()}
+    made.__dict__["_modules"] = {
+        name: None if child is None else twin(child, dtype, device)
+        for name, child in module._modules.items()
+    }
+    made.__dict__["_compiled_call_impl"] = None
+    return made
+
+
+def difference(module: nn.Module, view: type[View]) -> str:
+    """What tells a block from the same block computed here; "" if nothing does."""
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        torch.manual_seed(0)
+        for training in (True, False):
+            if training and _needs_processes(module):
+                continue
+            made = _randomised(twin(module, torch.float64, "cpu"), view(module).constants)
+            if found := _compare(made.train(training), view):
+                return f"{found} in {'training' if training else 'evaluation'} mode"
+    return ""
+
+
+def _needs_processes(module: nn.Module) -> bool:
+    return any("SyncBatchNorm" in type(part).__name__ for part in module.modules())
+
+
+@torch.no_grad()
+def _randomised(made: nn.Module, constants: tuple[str, ...]) -> nn.Module:
+    for name, parameter in made.named_parameters():
+        if name not in constants:
+            fan = max(parameter[0].numel() if parameter.dim() > 1 else 4, 1)
+            parameter.normal_(std=fan**-0.5)
+    for name, buffer in made.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(std=0.5)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+    return made
+
+
+def _compare(made: nn.Module, view: type[View]) -> str:
+    seen = view(made)
+    smallest = seen.pool_size or (1,) * seen.dims
+    sizes = [
+        max(n, 2 * p + 1) if p > 1 else n
+        for n, p in zip(_POSITIONS[seen.dims], smallest, strict=True)
+    ]
+    x = torch.randn(2, seen.dim, *sizes, dtype=torch.float64, device="cpu")
+    ours = twin(made)
+    exchange(ours, Replaced)
+    ours.backend = "chunked"  # nothing is compiled for it
+    expected, found = _results(made, x), _results(ours, x)
+    for name, truth in expected.items():
+        largest = truth.abs().max().item() or 1.0
+        if name.startswith("gradient"):
+            largest = max(largest, *(t.abs().max().item() for t in expected.values()))
+        got = found.get(name)
+        # Not error > limit: neither holds for a NaN.
+        if got is None or not (got - truth).abs().max().item() <= _TOLERANCE * largest:
+            error = "none" if got is None else f"{(got - truth).abs().max().item() / largest:.1e}"
+            return f"its {name} differs by {error} of the largest number"
+    return ""
+
+
+def _results(made: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output, gradients where there are, and buffers after."""
+    x = x.clone().requires_grad_()
+    wanted = {name: p for name, p in made.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        out = made(x)
+        found = {"output": out.detach()}
+        try:
+            # A cotangent that no symmetry of a norm cancels.
+            cotangent = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out).cos()
+            grads = torch.autograd.grad(out, [x, *wanted.values()], cotangent, allow_unused=True)
+        except RuntimeError:  # mmcv's concatenation changes in place what its backward needs
+            grads = ()
+    names = ["gradient of x", *(f"gradient of {name}" for name in wanted)]
+    if grads:
+        found |= {n: g for n, g in zip(names, grads, strict=True) if g is not None}
+    return found | {f"buffer {name}": b.double() for name, b in made.named_buffers()}
