@@ -132,7 +132,8 @@ def _dry_run(config: Config, processes: Processes) -> Findings:
     try:
         _rehearse(found, session, data, config, processes, steps)
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        # Other processes wait for this one: only an end of it ends them.
+        if not _out_of_memory(error) or processes.count > 1:
             raise
         found.problems.append(
             f"memory: expected steps of {config.optim.batch} clips in "
@@ -154,7 +155,9 @@ def _rehearse(
     own = plan(config, taken=session.step, steps=steps, clips=len(data.train))
     drawn = draw(session.training_batches(max(STEPS, 2 * workers)), workers=workers, keep=STEPS)
     print(_drawn_line("training", drawn, workers), flush=True)
-    if not _fits(found, session, drawn, config, processes):
+    # All of them go on, or none.
+    fits = processes.means(float(_fits(found, session, drawn, config, processes)))
+    if fits != [1.0]:
         return
 
     records: list[StepRecord] = []

@@ -16,6 +16,7 @@ from nlkernels.training.data.synthetic import write_synthetic
 from nlkernels.training.dry_run import dry_run
 from tests.training import miniature
 from tests.training.published import CONFIGS
+from tests.training.test_distributed import torchrun
 
 FILES = ["data.train_files=12", "data.test_files=4"]
 
@@ -129,6 +130,18 @@ def test_loaders_work_beside_the_device():
     assert (drawn.count, len(drawn.first)) == (6, 2)
     assert forecast.draw(iter([clips] * 9), workers=3, keep=2, limit_s=0).count == 2
     assert forecast.draw(iter([clips]), workers=0, keep=2).count == 1
+
+
+@pytest.mark.gate
+def test_two_processes_take_the_steps_of_their_training(generated, tmp_path):
+    argv = ["smoke", f"data.root={generated}", *FILES, "run.device=cpu", f"run.out={tmp_path}"]
+    result = torchrun([*argv, "--dry-run"])
+    assert result.returncode == 0, result.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert result.stdout.splitlines()[-1] == "dry run: the training can start"
+    assert torchrun(argv).returncode == 0
+    for step in steps_of(tmp_path / "model.jsonl")[:2]:
+        assert f"step {step['step']}: loss {step['loss']:.4f} of 8 clips" in result.stdout
 
 
 # Of every list format and kind of clip one.
