@@ -134,18 +134,24 @@ def free_mib(device: torch.device) -> float | None:
         return (free + cached) / MIB
     found = []
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) / 1024)
-        limit, used = (
-            Path("/sys/fs/cgroup", name).read_text().strip()
-            for name in ("memory.max", "memory.current")
-        )
+        found.append(_number("/proc/meminfo", "MemAvailable:") / 1024)
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         if limit != "max":
-            found.append((int(limit) - int(used)) / MIB)
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            # Files that were read count as used, and go when memory is needed.
+            used -= _number("/sys/fs/cgroup/memory.stat", "inactive_file")
+            found.append((int(limit) - used) / MIB)
     except (OSError, ValueError):
         pass  # not Linux, or no container
     return min(found, default=None)
+
+
+def _number(path: str, name: str) -> int:
+    """The number behind a name in a file of the kernel's."""
+    for line in Path(path).read_text().splitlines():
+        if line.split()[:1] == [name]:
+            return int(line.split()[1])
+    raise ValueError(f"no {name} in {path}")
 
 
 @dataclass(frozen=True)
