@@ -1,16 +1,19 @@
-"""Ten kinds of broken and odd files, with every reader: nothing hangs, and all is listed."""
+"""Eleven kinds of broken and odd files, with every reader: nothing hangs, and all is listed."""
 
 import os
+import time
+from contextlib import closing
 
 import numpy as np
 import pytest
 
 from nlkernels.training.data.augment import Augmentation
 from nlkernels.training.data.child import ChildReader
+from nlkernels.training.data.dataset import DecodeRateError, Video
 from nlkernels.training.data.listed import ListDataset
 from nlkernels.training.data.lists import Listing, Record
 from nlkernels.training.data.openers import FileOpener
-from nlkernels.training.data.reader import READERS
+from nlkernels.training.data.reader import READERS, VideoReadError
 from nlkernels.training.data.samplers import Caffe2Sampler
 from nlkernels.training.data.transforms import TrainTransform
 
@@ -20,6 +23,10 @@ from .test_reader import audio_only, empty, garbage, missing, no_index
 def half_a_body(path, make):
     whole = make(path.with_name("body.mkv"), 200).read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
+
+
+def without_the_last_kilobyte(path, make):
+    path.write_bytes(make(path.with_name("last.mkv"), 200).read_bytes()[:-1024])
 
 
 def noise_in_the_body(path, make):
@@ -64,6 +71,7 @@ KINDS = (
     garbage,
     no_index,
     half_a_body,
+    without_the_last_kilobyte,
     noise_in_the_body,
     audio_only,
     one_frame,
@@ -72,7 +80,9 @@ KINDS = (
 )
 USABLE = {"one_frame", "irregular_times", "rotated"}
 # Where a container still says what it held, a reader may find frames in what is left.
-EITHER = {"half_a_body", "noise_in_the_body"}
+EITHER = {"half_a_body", "without_the_last_kilobyte", "noise_in_the_body"}
+# How files are opened: in the process that asks, or in one that may be killed.
+PLACES = {"inside": None, "child": 10.0}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +90,7 @@ def listing(tmp_path_factory, numbered):
     root = tmp_path_factory.mktemp("broken")
     records = []
     for kind in KINDS:
-        suffix = ".mkv" if kind in (half_a_body, noise_in_the_body) else ".mp4"
+        suffix = ".mkv" if kind.__name__ in EITHER else ".mp4"
         path = root / f"{kind.__name__}{suffix}"
         kind(path, numbered)
         records.append(Record(str(path), len(records) % 2))
@@ -88,11 +98,15 @@ def listing(tmp_path_factory, numbered):
     return Listing([*records, Record(str(root / "good.mp4"), 1)])
 
 
-@pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("check", ["decode", "none"])
-def test_ten_kinds_of_files(listing, reader, check):
-    pytest.importorskip(reader, reason="needs pip install 'nlkernels[video]'")
-    data = ListDataset(
+@pytest.fixture(params=READERS)
+def reader(request):
+    pytest.importorskip(request.param, reason="needs pip install 'nlkernels[video]'")
+    yield READERS[request.param][1]
+    ChildReader.stop_children()
+
+
+def clips_of(listing, reader, place, check, max_failed):
+    return ListDataset(
         listing,
         ["a", "b"],
         root="",
@@ -100,11 +114,50 @@ def test_ten_kinds_of_files(listing, reader, check):
         sampler=Caffe2Sampler(4),
         transform=TrainTransform(Augmentation("caffe2", (16, 20), 16)),
         seed=0,
-        opener=FileOpener(READERS[reader][1], child_timeout_s=10.0),
+        opener=FileOpener(reader, child_timeout_s=PLACES[place]),
         check=check,
         timeout_s=10.0,
-        max_failed=1.0,
+        max_failed=max_failed,
     )
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_whatever_a_file_is_it_gives_frames_or_one_kind_of_error(listing, reader, place):
+    opener = FileOpener(reader, child_timeout_s=PLACES[place])
+    for number, record in enumerate(listing.records):
+        kind = os.path.basename(record.path).partition(".")[0]
+        began, failed_with = time.monotonic(), None
+        try:
+            with closing(opener(number, Video(record.path, record.label))) as video:
+                last = len(video) - 1
+                frames = video.frames([0, last // 2, last])
+            assert frames.shape == (3, 32, 40, 3)
+        except VideoReadError as error:
+            failed_with = error
+        assert time.monotonic() - began < 10, kind
+        if kind not in EITHER:
+            assert (failed_with is None) == (kind in USABLE | {"good"}), kind
+        assert failed_with is None or failed_with.path == record.path
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_more_failures_than_allowed_end_the_training(listing, reader, place):
+    data = clips_of(listing, reader, place, "none", 0.01)
+
+    def passes():
+        for epoch in range(9):
+            data.set_epoch(epoch)
+            for index in range(len(data)):
+                data[index]
+
+    with pytest.raises(DecodeRateError, match=r"at most 1\.0% of the training clips to fail"):
+        passes()
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("check", ["decode", "none"])
+def test_a_training_goes_on_and_lists_what_is_broken(listing, reader, place, check):
+    data = clips_of(listing, reader, place, check, 1.0)
     for index in range(len(data)):
         clip, label = data[index]
         assert clip.shape == (3, 4, 16, 16)
@@ -118,4 +171,3 @@ def test_ten_kinds_of_files(listing, reader, check):
     for _, reason in data.problems:
         assert reason
         assert "\n" not in reason
-    ChildReader.stop_children()
