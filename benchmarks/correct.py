@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from nlkernels._operations import VERIFIED
+
 from . import results
 from .sanitize import Ended, run_together
 from .sanitize_driver import OPERATIONS
@@ -61,15 +63,18 @@ def files() -> list[str]:
 
 
 def verify_commands(device: str) -> dict[str, list[str]]:
-    """`nlk verify`, an operation and a dtype in each process: kernels are compiled side by side."""
+    """`nlk verify`, a backend, an operation and a dtype in each process, which compile kernels side
+    by side; of those that want the module of CUDA, one compiles it and the others wait."""
     command = [sys.executable, "-m", "nlkernels.cli", "verify", "--device", device, "--json"]
     if device == "cpu":
         # The interpreter takes a quarter of a minute for one verdict on the kernels.
         only = ["--backend", "chunked", "--op", "softmax", "--depth", "16"]
         return {"softmax": [*command, *only]}
     return {
-        f"{op} {dtype}": [*command, "--op", op, "--dtype", dtype]
+        f"{op} {dtype} {backend}": [*command, "--backend", backend, "--op", op, "--dtype", dtype]
+        for backend in VERIFIED
         for op in OPERATIONS
+        if (results.ROOT / "nlkernels" / "ops" / op / f"{backend}.py").is_file()
         for dtype in ("bfloat16", "float16", "float32")
     }
 

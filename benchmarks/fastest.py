@@ -20,6 +20,7 @@ from .results import load
 BACKENDS = {
     "cpp": ("cpp",),
     "triton": ("triton",),
+    "cuda": ("cuda",),
     "chunked": ("chunked",),
     "sdpa": ("sdpa_flash", "sdpa_efficient", "sdpa_cudnn"),
     "naive": ("naive", "conv3d"),

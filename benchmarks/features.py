@@ -26,6 +26,7 @@ OURS = {
     "cpp": ("cpp", ""),
     "cpp_avx2": ("cpp", "avx2"),
     "triton": ("triton", ""),
+    "cuda": ("cuda", ""),
     "auto": ("auto", ""),
 }
 """Our providers: the backend, and the instruction set that it is held to."""

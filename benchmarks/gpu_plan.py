@@ -21,8 +21,8 @@ from .region import LAYERS as REGION_LAYERS
 from .region import RegionCase
 from .registry import CASES, Case, select_cases
 
-REGION_PROVIDERS = ("conv3d", "masked_dense", "chunked", "triton", "auto")
-GATE_PROVIDERS = ("naive", "chunked", "triton", "auto")
+REGION_PROVIDERS = ("conv3d", "masked_dense", "chunked", "triton", "cuda", "auto")
+GATE_PROVIDERS = ("naive", "chunked", "triton", "cuda", "auto")
 
 LONG = Case("long_512", "softmax", 4, 8192, 8192, 512, 512)
 # res4 and res5 of 4 frames at 224 px, keys pooled: M below D V / (D + V).

@@ -109,7 +109,7 @@ def rates(rows: Iterable[Row]) -> list[dict[str, Any]]:
     best: dict[Target, dict[str, Any]] = {}
     times: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        if row.get("status") != "ok" or row.get("provider") not in ("auto", "triton"):
+        if row.get("status") != "ok" or row.get("provider") not in ("auto", "triton", "cuda"):
             continue
         if row["dtype"] == "bfloat16" and row["kind"] in ("softmax", "gaussian"):
             key = (row["case"], row["kind"], row["provider"])

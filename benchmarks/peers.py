@@ -107,6 +107,7 @@ GPU_PROVIDERS = {name: PROVIDERS[name] for name in PROVIDERS if name not in CPU_
     provider.name: provider
     for provider in (
         own_provider("triton", "triton"),
+        own_provider("cuda", "cuda"),
         Provider(
             "triton_lean",
             own_provider("", "triton", workspace_mib=0).function,
@@ -135,6 +136,7 @@ QUICK = (
     "chunked",
     "triton",
     "triton_lean",
+    "cuda",
     "auto",
 )
 """Providers that are ready in a second or two."""

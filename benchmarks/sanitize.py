@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import results
-from .sanitize_driver import PARTS
+from .sanitize_driver import CUDA_PARTS, PARTS, parts_of
 from .stage import RowFile, clean
 
 BUDGET_S = 470.0
@@ -102,13 +102,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget", type=float, default=BUDGET_S)
     parser.add_argument("--commit", default=None, help="commit to record where git cannot tell")
-    parser.add_argument("--part", choices=PARTS, action="append", help="only these parts")
+    parser.add_argument(
+        "--part", choices=(*PARTS, *CUDA_PARTS), action="append", help="only these parts"
+    )
     options = parser.parse_args(arguments)
     clean(options.out, "sanitize")
     begun = time.time()
     device = torch.device(options.device)
     file = RowFile(options.out / "sanitize.jsonl", "sanitize", device, options.commit)
-    parts = tuple(options.part or PARTS)
+    parts = tuple(options.part or parts_of(options.device))
     driver = [sys.executable, "-m", "benchmarks.sanitize_driver", "--device", options.device]
 
     bad = 0

@@ -1,4 +1,4 @@
-"""Every Triton kernel at least once, on small odd problems: the program that a sanitizer watches.
+"""Every kernel at least once, on small odd problems: the program that a sanitizer watches.
 
 `python -m benchmarks.sanitize_driver --device cuda [--part NAME]` prints the kernels it launched
 and, last, `DONE`. Operands are drawn on the CPU and results looked at there, so that little else
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import nlkernels
+from nlkernels import _cuda
 
 from .features import NAMES, step
 from .kernel_rows import Recorder, recorded
@@ -69,10 +70,16 @@ PARTS = tuple(
     # The kernels of dot_product are those of relu with a line less.
     for dtype, layout in (FORMS if op != "dot_product" else FORMS[2:])
 )
+# Those of the backend cuda: on GPUs alone, where the module can be had.
+CUDA_PARTS = tuple(
+    f"{op}-{dtype}-{layout}-cuda"
+    for op in ("softmax", "relu", "dot_product", "concat", "region", "gate")
+    for dtype, layout in FORMS
+)
 
 
 def run_attention(
-    dtype: torch.dtype, layout: str, device: torch.device, *, kind: str
+    dtype: torch.dtype, layout: str, device: torch.device, backend: str = "triton", *, kind: str
 ) -> Iterator[Tensor]:
     """Outputs and gradients of every problem."""
     # The interpreter, too, is spared the keys: softmax has shown it all of them.
@@ -86,12 +93,14 @@ def run_attention(
             if layout == "channels":
                 tensor = tensor.mT.contiguous().mT
             leaves.append(tensor.to(device).requires_grad_())
-        options = {"kind": kind, "backend": "triton", "workspace_mib": workspace}
+        options = {"kind": kind, "backend": backend, "workspace_mib": workspace}
         out = nlkernels.nonlocal_attention(*leaves, **options)
         yield from _both(out, leaves, generator)
 
 
-def run_concat(dtype: torch.dtype, layout: str, device: torch.device) -> Iterator[Tensor]:
+def run_concat(
+    dtype: torch.dtype, layout: str, device: torch.device, backend: str = "triton"
+) -> Iterator[Tensor]:
     """Outputs and gradients of every problem."""
     for number, (batch, n, m, v) in enumerate(CONCAT):
         generator = torch.Generator().manual_seed(number)
@@ -101,7 +110,7 @@ def run_concat(dtype: torch.dtype, layout: str, device: torch.device) -> Iterato
             if layout == "channels":
                 tensor = tensor.mT.contiguous().mT
             leaves.append(tensor.to(device).requires_grad_())
-        yield from _both(nlkernels.nonlocal_concat(*leaves, backend="triton"), leaves, generator)
+        yield from _both(nlkernels.nonlocal_concat(*leaves, backend=backend), leaves, generator)
 
 
 def _both(out: Tensor, leaves: list[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
@@ -110,7 +119,9 @@ def _both(out: Tensor, leaves: list[Tensor], generator: torch.Generator) -> Iter
     yield from torch.autograd.grad(out, leaves, grad)
 
 
-def run_gate(dtype: torch.dtype, layout: str, device: torch.device) -> Iterator[Tensor]:
+def run_gate(
+    dtype: torch.dtype, layout: str, device: torch.device, backend: str = "triton"
+) -> Iterator[Tensor]:
     """Outputs and gradients of every problem."""
     form = torch.channels_last_3d if layout == "channels" else torch.contiguous_format
     for number, size in enumerate(GATE):
@@ -118,7 +129,7 @@ def run_gate(dtype: torch.dtype, layout: str, device: torch.device) -> Iterator[
         x = torch.randn(size, generator=generator).to(dtype).contiguous(memory_format=form)
         weight = torch.randn(size[1], generator=generator).to(dtype)
         leaves = [t.to(device).requires_grad_() for t in (x, weight)]
-        out = nlkernels.channel_gate(*leaves, transform=_identity, backend="triton")
+        out = nlkernels.channel_gate(*leaves, transform=_identity, backend=backend)
         yield from _both(out, leaves, generator)
 
 
@@ -126,7 +137,9 @@ def _identity(context: Tensor) -> Tensor:
     return context
 
 
-def run_region(dtype: torch.dtype, layout: str, device: torch.device) -> Iterator[Tensor]:
+def run_region(
+    dtype: torch.dtype, layout: str, device: torch.device, backend: str = "triton"
+) -> Iterator[Tensor]:
     """Outputs and gradients of every problem."""
     form = torch.channels_last_3d if layout == "channels" else torch.contiguous_format
     for number, taps in enumerate(FEW_TAPS if device.type == "cpu" else TAPS):
@@ -139,7 +152,8 @@ def run_region(dtype: torch.dtype, layout: str, device: torch.device) -> Iterato
             for _ in range(2)
         )
         weight = torch.randn(REGION[1], *taps, generator=generator).to(dtype).to(device)
-        results = step(_aggregate, (x, weight, grad), "forward_backward")()
+        aggregate = partial(nlkernels.region_aggregate, backend=backend)
+        results = step(aggregate, (x, weight, grad), "forward_backward")()
         yield from (results[name] for name in NAMES)
 
 
@@ -197,8 +211,9 @@ def run_pool(dtype: torch.dtype, layout: str, device: torch.device) -> Iterator[
         yield from _both(out, leaves, generator)
 
 
-def _aggregate(x: Tensor, weight: Tensor) -> Tensor:
-    return nlkernels.region_aggregate(x, weight, backend="triton")
+def parts_of(device: str) -> tuple[str, ...]:
+    """All parts that a type of device can run."""
+    return (*PARTS, *CUDA_PARTS) if device == "cuda" else PARTS
 
 
 def run(parts: tuple[str, ...], device: torch.device) -> Recorder:
@@ -218,8 +233,11 @@ def run(parts: tuple[str, ...], device: torch.device) -> Recorder:
     }
     with recorded() as recorder:
         for part in parts:
-            op, dtype, layout = part.split("-")
-            for result in runs[op](getattr(torch, dtype), layout, device):
+            op, dtype, layout, *backend = part.split("-")
+            if backend and (missing := _cuda.CUDA.missing()):
+                print(f"left out {part}: {missing}", flush=True)
+                continue
+            for result in runs[op](getattr(torch, dtype), layout, device, *backend):
                 if not result.cpu().isfinite().all():
                     raise ArithmeticError(f"{part}: a result {tuple(result.shape)} is not finite")
             print(f"ran {part}", flush=True)
@@ -230,11 +248,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one part, or all."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize_driver")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--part", choices=PARTS, action="append")
+    parser.add_argument("--part", choices=(*PARTS, *CUDA_PARTS), action="append")
     options = parser.parse_args(arguments)
     if options.device == "cpu":
         interpret()
-    recorder = run(tuple(options.part or PARTS), torch.device(options.device))
+    recorder = run(tuple(options.part or parts_of(options.device)), torch.device(options.device))
     counts = {name: len(launches) for name, launches in recorder.launches.items()}
     print("KERNELS", " ".join(f"{name}={count}" for name, count in sorted(counts.items())))
     print("DONE")

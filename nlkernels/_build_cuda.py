@@ -153,10 +153,13 @@ def asked(text: str, listed: list[str]) -> tuple[str, ...]:
     Raises:
         BuildError: one that is not listed.
     """
-    names = listed if text == "all" else [word.strip() for word in text.split(",") if word.strip()]
+    words = {"all": listed, "none": []}
+    names = (
+        words[text] if text in words else [word.strip() for word in text.split(",") if word.strip()]
+    )
     if unknown := [name for name in names if name not in listed]:
         raise BuildError(
-            f"NLKERNELS_CUDA_ARCHS: expected all or some of {', '.join(listed)}, separated by "
+            f"NLKERNELS_CUDA_ARCHS: expected all, none or some of {', '.join(listed)}, separated by "
             f"commas, got {unknown[0]!r}"
         )
     return tuple(name for name in listed if name in names)

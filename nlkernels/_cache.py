@@ -122,16 +122,24 @@ def machine_key(device: torch.device) -> str:
 
 @functools.cache
 def package_hash(folder: str = ".") -> str:
-    """Hash of Python sources: a changed kernel is verified and measured again.
+    """Hash of sources: a changed kernel is verified and measured again.
 
-    Those of a folder, and what lies beside it: the folders of the operations share kernels.
+    Python's in a folder, and what lies beside it: the folders of the operations share kernels. Of
+    the whole package also CUDA's.
     """
     digest, inside = hashlib.sha256(), _paths.PACKAGE / folder
-    beside = [] if inside == _paths.PACKAGE else inside.parent.glob("*.py")
+    whole = inside == _paths.PACKAGE
+    beside = _cuda_sources() if whole else inside.parent.glob("*.py")
     for path in sorted([*inside.rglob("*.py"), *beside]):
-        digest.update(path.relative_to(_paths.PACKAGE).as_posix().encode() + b"\0")
+        digest.update(path.relative_to(_paths.PACKAGE.parent).as_posix().encode() + b"\0")
         digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def _cuda_sources() -> list[Path]:
+    folders = (_paths.PACKAGE / "csrc", _paths.PACKAGE.parent / "csrc")
+    found = (path for folder in folders for path in folder.rglob("cuda/**/*"))
+    return [path for path in found if path.suffix in (".h", ".cuh", ".cu")]
 
 
 def _empty() -> Section:

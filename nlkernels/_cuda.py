@@ -28,7 +28,7 @@ class _Cuda(Extension):
 
     def _asked(self) -> str:
         if chosen := _env.read("NLKERNELS_CUDA_ARCHS"):
-            return _build_cuda.asked(chosen, self.architectures())[-1]
+            return next(iter(_build_cuda.asked(chosen, self.architectures())[::-1]), "")
         if torch.version.hip is not None or not torch.cuda.is_available():
             return ""
         return str(_launch.architecture(torch.device("cuda")))

@@ -43,7 +43,7 @@ VARIABLES: dict[str, Variable] = {
     ),
     "NLKERNELS_CUDA_ARCHS": Variable(
         default="",
-        doc="architectures of the CUDA kernels: sm_80,sm_90a or all; empty: this GPU's, on demand",
+        doc="architectures of CUDA kernels: sm_80,sm_90a, all, none; empty: of this GPU, on demand",
     ),
 }
 

@@ -312,7 +312,7 @@ def _is_known_right(op: str, backend: str, problem: Any, direction: str) -> bool
     here = {
         "architecture": f"sm_{_launch.architecture(device)}",
         "triton": _device.triton_version(),
-        "sources": _cache.package_hash(folder(op)),
+        "sources": _cache.package_hash("." if backend == "cuda" else folder(op)),
         "op": op,
         "backend": backend,
         "pass": direction,

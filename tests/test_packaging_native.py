@@ -22,7 +22,7 @@ pytestmark = [
     ),
 ]
 FILE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-BUILD = {"NLKERNELS_BUILD": "1"}
+BUILD = {"NLKERNELS_BUILD": "1", "NLKERNELS_CUDA_ARCHS": "none"}
 
 # Prints what a program without compilers gets; torch comes before the package, or after it.
 PROBE = """

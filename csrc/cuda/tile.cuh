@@ -70,6 +70,7 @@ __device__ inline void read_tile(T* tile, const Matrix<const T>& from, std::int6
   }
   // Neighbouring threads take what lies closest in memory.
   const bool by_rows = from.row < from.channel;
+#pragma unroll 4
   for (int i = thread; i < kTileElements<T>; i += kThreads) {
     const int row = by_rows ? i % kRows : i / kChunk<T>;
     const int inside = by_rows ? i / kRows : i % kChunk<T>;

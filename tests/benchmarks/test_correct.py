@@ -53,9 +53,11 @@ def test_worst_exit_code(codes: list[int], expected: int) -> None:
 
 def test_every_kernel_is_verified_in_every_dtype() -> None:
     commands = correct.verify_commands("cuda")
-    assert len(commands) == 27
-    kernels = results.ROOT.glob("nlkernels/ops/*/triton.py")
-    assert {name.split()[0] for name in commands} == {path.parent.name for path in kernels}
+    assert len(commands) == 27 + 18
+    for backend in ("triton", "cuda"):
+        kernels = results.ROOT.glob(f"nlkernels/ops/*/{backend}.py")
+        asked = {name.split()[0] for name in commands if name.endswith(backend)}
+        assert asked == {path.parent.name for path in kernels}
     for name, command in commands.items():
-        op, dtype = name.split()
-        assert command[-4:] == ["--op", op, "--dtype", dtype]
+        op, dtype, backend = name.split()
+        assert command[-6:] == ["--backend", backend, "--op", op, "--dtype", dtype]

@@ -20,9 +20,9 @@ def chosen(kind="softmax", dtype=torch.float32, **sizes):
 
 def test_explain_gives_a_reason_for_every_backend():
     for kind, backends in (
-        ("softmax", {"reference", "chunked", "cpp", "triton", "sdpa"}),
-        ("dot_product", {"reference", "chunked", "cpp", "triton"}),
-        ("relu", {"reference", "chunked", "cpp", "triton"}),
+        ("softmax", {"reference", "chunked", "cpp", "triton", "cuda", "sdpa"}),
+        ("dot_product", {"reference", "chunked", "cpp", "triton", "cuda"}),
+        ("relu", {"reference", "chunked", "cpp", "triton", "cuda"}),
     ):
         explanation = chosen(kind)
         assert set(explanation.reasons) == backends
