@@ -159,8 +159,8 @@ def asked(text: str, listed: list[str]) -> tuple[str, ...]:
     )
     if unknown := [name for name in names if name not in listed]:
         raise BuildError(
-            f"NLKERNELS_CUDA_ARCHS: expected all, none or some of {', '.join(listed)}, separated by "
-            f"commas, got {unknown[0]!r}"
+            f"NLKERNELS_CUDA_ARCHS: expected all, none or some of {', '.join(listed)} with commas "
+            f"between them, got {unknown[0]!r}"
         )
     return tuple(name for name in listed if name in names)
 
