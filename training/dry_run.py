@@ -323,6 +323,8 @@ def _ms(value: float) -> str:
 
 
 def _span(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
     return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{duration(seconds)} min"
 
 

@@ -53,7 +53,7 @@ def _check_split(found: DataCheck, name: str, clips: ClipDataset, max_failed: fl
     each = f"{least:,}" if least == most else f"{least:,} to {most:,}"
     found.lines.append(
         f"{name}: {videos:,} videos, {len(clips):,} {'views' if name == 'test' else 'clips'}, "
-        f"{np.count_nonzero(counts)} of {len(counts)} classes, each with {each} of the videos; "
+        f"{np.count_nonzero(counts)} of {len(counts)} classes ({each} videos each); "
         f"opened {spread}, {len(broken)} failed; {left_out:,} left out"
     )
     found.lines += _listed(broken)

@@ -43,9 +43,7 @@ def test_takes_the_first_steps_of_the_training_and_writes_nothing(
     assert found.problems == []
     assert list(tmp_path.iterdir()) == []
     text = capsys.readouterr().out
-    assert (
-        "training: 12 videos, 12 clips, 2 of 2 classes, each with 6 of the videos; opened" in text
-    )
+    assert "training: 12 videos, 12 clips, 2 of 2 classes (6 videos each); opened" in text
     assert text.splitlines()[-1] == "dry run: the training can start"
     assert main(["train", *argv]) == 0
     taken = steps_of(tmp_path / "runs" / "smoke" / "model.jsonl")
@@ -90,17 +88,25 @@ def test_lists_what_is_broken_and_ends_with_code_1(generated, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_step_that_does_not_fit_is_not_taken(generated, tmp_path, monkeypatch, capsys):
-    argv = ["smoke", f"data.root={generated}", *FILES, f"run.out={tmp_path}", "run.device=cpu"]
+def test_what_does_not_fit(generated, tmp_path, monkeypatch, capsys):
+    argv = ["train", "smoke", f"data.root={generated}", *FILES, "run.device=cpu", "--dry-run"]
+    argv.append(f"run.out={tmp_path / 'a' / 'b'}")
     monkeypatch.setattr(dry, "free_mib", lambda device: 1.0)
-    assert main(["train", *argv, "--dry-run"]) == 1
+    assert main(argv) == 1
     text = capsys.readouterr().out
     assert "expected steps of 8 clips to fit into the 1 MiB that are free, got about " in text
     assert "; set optim.accumulate=" in text
     assert "step 1" not in text
-    # The remedy is one.
+    # The remedy is one; then the disk is too small.
     parts = text.partition("set optim.accumulate=")[2].split()[0]
-    assert main(["train", *argv, f"optim.accumulate={parts}", "--dry-run"]) == 0
+    usage = SimpleNamespace(free=2**20)
+    monkeypatch.setattr(forecast.shutil, "disk_usage", lambda path: usage)
+    assert main([*argv, f"optim.accumulate={parts}", "optim.steps=20000"]) == 1
+    text = capsys.readouterr().out
+    assert "step 2: loss " in text
+    assert text.count("problem: ") == 1
+    assert "MiB free; choose another run.out" in text
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.gate
@@ -111,15 +117,6 @@ def test_memory_is_that_of_the_training(generated, tmp_path):
     with PeakMemory("cpu") as peak:
         assert main(["train", "smoke", *argv]) == 0
     assert found.memory_mib == pytest.approx(peak.live_mib, rel=0.25)
-
-
-def test_disk_that_is_too_small(generated, tmp_path, monkeypatch, capsys):
-    usage = SimpleNamespace(free=2**20)
-    monkeypatch.setattr(forecast.shutil, "disk_usage", lambda path: usage)
-    argv = ["smoke", f"data.root={generated}", *FILES, f"run.out={tmp_path / 'a' / 'b'}"]
-    assert main(["train", *argv, "optim.steps=20000", "--dry-run"]) == 1
-    assert "MiB free; choose another run.out" in capsys.readouterr().out
-    assert not (tmp_path / "a").exists()
 
 
 def test_loaders_work_beside_the_device():
@@ -169,5 +166,5 @@ def test_published_configurations(name, tmp_path, capsys):
     assert main(["train", name, *argv, f"run.out={out}", "--dry-run"]) == 0, capsys.readouterr()
     text = capsys.readouterr().out
     assert not out.exists()
-    assert "4 videos, 4 clips, 2 of 2 classes, each with 2 of the videos; opened all" in text
+    assert "4 videos, 4 clips, 2 of 2 classes (2 videos each); opened all of them, 0" in text
     assert "whole training: " in text
