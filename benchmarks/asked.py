@@ -11,6 +11,7 @@ from . import gate, region
 from .block_measure import BlockCase, make_block
 from .features import FORMATS
 from .op_rows import ALL_CASES, OPERATIONS
+from .parts import PartCase
 from .registry import KINDS, Case
 
 FORMS = {
@@ -18,6 +19,9 @@ FORMS = {
     "concat": "B,N,M,V",
     "region": "B,C,T,H,W and --taps KT,KH,KW",
     "gate": "B,C,T,H,W",
+    "pool": "B,C,T,H,W and --taps KT,KH,KW",
+    "pointwise": "B,N,C,P",
+    "norm": "B,N,C,P",
     "block": "B,C,T,H,W",
     "model": "B,C,T,H,W",
 }
@@ -25,6 +29,8 @@ FORMS = {
 
 ASKED = "asked"
 TAPS = (3, 7, 7)
+PARTS = {"pool": "8,256,4,28,28", "pointwise": "8,3136,512,256", "norm": "8,3136,256,512"}
+"""What blocks are made of -> its size in res3 of a clip of 8 frames."""
 
 
 def op_cases(kind: str, shape: str | None, taps: str | None, channels_last: bool) -> list[Any]:
@@ -34,7 +40,7 @@ def op_cases(kind: str, shape: str | None, taps: str | None, channels_last: bool
         kind: A key of `FORMS` other than block and model.
         shape: Sizes as `FORMS` has them, the name of a registered problem, or None for the
             smallest registered one.
-        taps: Sizes of a region's weight; None is (3, 7, 7).
+        taps: Sizes of a region's weight, None is (3, 7, 7); the window of pool, None is (1, 2, 2).
         channels_last: Features in that memory format.
 
     Raises:
@@ -45,8 +51,10 @@ def op_cases(kind: str, shape: str | None, taps: str | None, channels_last: bool
         >>> [(case.n, case.d) for case in op_cases("softmax", "2,64,16,32,32", None, False)]
         [(64, 32)]
     """
-    if taps is not None and kind != "region":
-        raise ValueError(f"taps: expected none with {kind}, got {taps}; only region has a weight")
+    if taps is not None and kind not in ("region", "pool"):
+        raise ValueError(f"taps: expected none with {kind}, got {taps}; region and pool have some")
+    if kind in PARTS:
+        return [_part(kind, shape or PARTS[kind], taps, channels_last)]
     if shape is not None and shape[:1].isdigit():
         return [_typed(kind, shape, taps, channels_last)]
     own = [case for case in ALL_CASES if case.kind == kind]
@@ -81,6 +89,16 @@ def _typed(kind: str, shape: str, taps: str | None, channels_last: bool) -> Any:
     if any(size % 2 == 0 for size in weight):
         raise ValueError(f"taps: expected odd sizes, got {taps}; a region has a centre")
     return region.RegionCase(ASKED, batch, channels, tuple(positions), tuple(weight), memory_format)
+
+
+def _part(kind: str, shape: str, taps: str | None, channels_last: bool) -> PartCase:
+    if channels_last:
+        raise ValueError(f"channels-last: expected none with {kind}, got it; bench a block")
+    sizes = tuple(numbers("shape", shape, FORMS[kind].partition(" ")[0]))
+    window = (1, 2, 2) if taps is None else tuple(numbers("taps", taps, "KT,KH,KW"))
+    if kind == "pool" and any(n < k for n, k in zip(sizes[2:], window, strict=True)):
+        raise ValueError(f"taps: expected a window within T,H,W of {shape}, got {taps}; lower it")
+    return PartCase(kind, sizes, window)
 
 
 def block_case(preset: str | None, kind: str | None, shape: str | None) -> BlockCase:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import block_measure, model_cases, model_measure, results, zoo_cases
+from . import block_measure, model_cases, model_measure, parts, results, zoo_cases
 from .asked import FORMS, block_case, catalogue, numbers, op_cases
 from .measure import PEER_SLACK
 from .model_tables import print_blocks, print_models
@@ -181,6 +181,9 @@ def _op_jobs(options: argparse.Namespace, ways: list[tuple[str, str]]):
 
     def jobs(ceilings: dict[str, Any]) -> list[Job]:
         def rows(case: Any, dtype: str, passes: str) -> Rows:
+            common = {"rounds": options.rounds, "seed": options.seed}
+            if isinstance(case, parts.PartCase):
+                return parts.measure(case, names, dtype, passes, device, ceilings, **common)
             return rows_of(
                 case,
                 names,
@@ -188,8 +191,7 @@ def _op_jobs(options: argparse.Namespace, ways: list[tuple[str, str]]):
                 passes,
                 device,
                 ceilings,
-                rounds=options.rounds,
-                seed=options.seed,
+                **common,
                 known={} if options.target in OPERATIONS else known,
                 peer_slack=PEER_SLACK if device.type == "cuda" else 1.0,
             )
@@ -261,6 +263,8 @@ def _only_blocks(options: argparse.Namespace) -> None:
 
 def _known(kind: str, device: str) -> dict[str, Any]:
     """Providers of an operation on a device."""
+    if kind in parts.BACKENDS:
+        return dict.fromkeys(parts.BACKENDS[kind])
     return dict(OPERATIONS[kind].functions) if kind in OPERATIONS else KNOWN[device]
 
 

@@ -260,6 +260,21 @@ def test_wheel_installs_the_command(installed, tmp_path):
     assert str(installed.site_packages / "nlkernels" / "csrc") in done.stdout
 
 
+@pytest.mark.gate
+def test_wheel_measures(installed, tmp_path):
+    """Benchmarks are in the wheel, and need neither pytest nor a checkout."""
+    sizes = ("--shape", "1,64,32,8,8", "--rounds", "1", "--providers", "naive,chunked")
+    done = installed.run(
+        "nlk", "bench", "softmax", *sizes, "--json", "run.json", cwd=tmp_path, NLKERNELS_JIT="0"
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["complete"]
+    assert found["environment"]["git_hash"] is None
+    code = "import sys, nlkernels.benchmarks.bench_command; print('pytest' in sys.modules)"
+    assert installed.run("python", "-c", code, cwd=tmp_path).stdout.split() == ["False"]
+
+
 def test_wheel_adds_only_its_own_names(installed):
     names = {path.name for path in installed.site_packages.iterdir()}
     own = {"nlkernels", f"nlkernels-{nlkernels.__version__}.dist-info"}

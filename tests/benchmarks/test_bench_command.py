@@ -91,6 +91,20 @@ def test_operations_with_forms_of_their_own(target, shape, tmp_path):
     assert {row["kind"] for row in found["rows"]} == {target}
 
 
+@pytest.mark.parametrize(
+    ("target", "shape"),
+    [("pool", "2,5,3,6,7"), ("pointwise", "2,40,12,8"), ("norm", "2,40,12,8")],
+)
+def test_what_blocks_are_made_of(target, shape, tmp_path):
+    more = ("--providers", "naive,chunked,auto", "--rounds", "1", "--backward")
+    code, found = run(tmp_path, target, "--shape", shape, *more)
+    assert code == 0
+    rows = {(row["pass"], row["provider"]): row for row in found["rows"]}
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    gradients = {"pool": ["grad_x"], "pointwise": ["grad_x", "grad_weight"], "norm": ["grad_z"]}
+    assert list(rows["forward_backward", "chunked"]["error"]) == ["out", *gradients[target]]
+
+
 def test_a_block_of_a_system(tmp_path):
     options = ("--shape", "1,16,4,6,6", "--rounds", "1", "--backward", "--kind", "dot_product")
     code, found = run(tmp_path, "block", "--preset", "caffe2", *options)
@@ -150,6 +164,7 @@ def test_every_preset_is_a_case(preset):
         (("softmax", "--shape", "1,2,3"), "shape: expected B,N,M,D,V, 5 sizes above 0"),
         (("softmax", "--shape", "res9"), "or a registered problem of softmax, got 'res9'"),
         (("softmax", "--taps", "3,3,3"), "taps: expected none with softmax"),
+        (("pool", "--taps", "9,2,2"), "taps: expected a window within T,H,W"),
         (("region", "--taps", "2,3,3", "--shape", "1,4,3,5,5"), "taps: expected odd sizes"),
         (("softmax", "--preset", "tsm"), "preset: expected none with the operation softmax"),
         (("block", "--preset", "tsn"), "preset: expected one of caffe2,"),
