@@ -73,7 +73,7 @@ def train(
         on_step: Called after every step with its record, and whether any process was asked to stop;
             it ends the loop by an exception. It may leave the model in evaluation mode.
         stop: Signals to look at; without it nothing stops the loop.
-        processes: Those that train together; loss and accuracy are means over them.
+        processes: Those that train together, as the updater knows them.
 
     Raises:
         NonFiniteError: The loss or a gradient is not finite; parameters are those of the step
@@ -96,8 +96,7 @@ def train(
         result = updater.step(clips, labels, watch, where=f"step {step + 1}", numbers=numbers)
         result["data_ms"] += waited_ms
         step_s = 1e-3 * sum(value for key, value in result.items() if key.endswith("_ms"))
-        loss, accuracy, asked = processes.means(result["loss"], result["accuracy"], stop.asked)
-        result |= {"loss": loss, "accuracy": accuracy}
+        (asked,) = processes.means(stop.asked)
         record = StepRecord(
             step=step + 1,
             lr=lr,

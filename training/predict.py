@@ -1,5 +1,7 @@
 """``nlk predict``: what a trained network sees in a video, and where its blocks look.
 
+A video is a file, or a folder of its images: RGB frames, or the flow that a flow network takes.
+
 The video is looked at as in a test: the mean over its views. For a checkpoint of ``nlk train`` the
 views are those of its own test, for other weights ten clips in one window each, chosen, scaled and
 normalised as their system does; ``data.key=value`` changes that.
@@ -21,6 +23,7 @@ from .attention import Position, Row, attend, find_blocks, strongest
 from .config_data import DataConfig, view_side, view_size
 from .data.crops import TestCrops
 from .data.dataset import Video
+from .data.frame_folders import FrameFolder, Naming, guess_template, locate
 from .data.openers import FileOpener
 from .data.reader import VideoReader, choose_reader
 from .data.samplers import Sampler
@@ -104,8 +107,9 @@ def predict(
     """Classify a video, and draw where the blocks look.
 
     Args:
-        video: A video file.
-        weights: As `load_trained` reads them, of a network of RGB clips.
+        video: A video file or a folder of images; of flow in folders u and v either of them. Images
+            are named after ``data.template``, that of the network's training, or a published one.
+        weights: As `load_trained` reads them.
         overrides: ``data.key=value`` texts: other clips than those of the network's test.
         classes: File with the names of the classes, as ``nlkernels.models.classes.read_names``
             reads it; None takes the names that the weights carry ("classes" of a converted file's
@@ -140,7 +144,7 @@ def predict(
     _check_options(top, attention, at, blocks, clip)
     trained = load_trained(weights, choose_device(device))
     names = _names(trained, classes)
-    data = _clips(trained, overrides)
+    data = _clips(trained, Path(video), overrides)
     chosen_blocks = {} if attention is None else find_blocks(trained.model, blocks)
     average = trained.average if average is None else average
     sampler = make_sampler(
@@ -148,9 +152,8 @@ def predict(
     )
     windows = TestCrops(data.test_crops, data.crop_rule, view_side(data), view_size(data))
     transform = TestTransform(windows, data.colours, data.channels)
-    opener = FileOpener(choose_reader(data.reader), data.decode_timeout_s)
     path = str(video)
-    with closing(opener(0, Video(path, 0))) as reader:
+    with closing(_open(path, data)) as reader:
         clips = sampler.test_clips(len(reader))
         _check_places(at, data.frames, clip, clips)
         views = list(_views(reader, sampler, transform, trained, average))
@@ -247,12 +250,13 @@ def _names(trained: Trained, path: str | Path | None) -> list[str]:
     return names
 
 
-def _clips(trained: Trained, overrides: Sequence[str]) -> DataConfig:
-    """How the network looks at a video file."""
-    if trained.channels != 3:
+def _clips(trained: Trained, video: Path, overrides: Sequence[str]) -> DataConfig:
+    """How the network looks at a video."""
+    flow = trained.channels == 2
+    if flow and not video.is_dir():
         raise ValueError(
-            f"predict: expected a network of RGB clips, got one of {trained.channels} channels in "
-            f"{trained.path}; test flow with nlk test, on folders of flow images"
+            f"predict: expected a folder of flow images for {trained.path}, a network of flow, got "
+            f"{video}; extract flow with nlk prepare --flow"
         )
     data: dict[str, Any] = dict(trained.data)
     origins: Mapping[str, str] = {}
@@ -271,7 +275,21 @@ def _clips(trained: Trained, overrides: Sequence[str]) -> DataConfig:
                 f"predict: expected a YAML value after '=', got {text!r}; put texts in quotes"
             ) from error
         origins = {**origins, f"data.{key}": "the command line"}
+    if video.is_dir():
+        # As a list of this one video.
+        data |= {"kind": "list", "test_list": str(video), "reader": "flow" if flow else "frames"}
+        if "template" not in data:
+            data["template"] = guess_template(video, flow=flow)
     return read_sections(data=data, origins=origins).data
+
+
+def _open(path: str, data: DataConfig) -> VideoReader:
+    if data.reader not in ("frames", "flow"):
+        opener = FileOpener(choose_reader(data.reader), data.decode_timeout_s)
+        return opener(0, Video(path, 0))
+    naming = Naming(data.template, flow=data.reader == "flow", first=data.first_frame)
+    root, name = locate(Path(path), naming)
+    return FrameFolder.open(root, name, naming)
 
 
 def _views(
@@ -352,7 +370,14 @@ def _draw(
         for (t, y, x), reason in zip(points, reasons, strict=True)
     ]
     labels = [f"{n}: {index / reader.fps:.2f} s" for n, index in enumerate(view.indices)]
-    drawing = Drawing(frames.numpy(), window, marked, rows, title=title, labels=labels)
+    drawing = Drawing(_pictures(frames).numpy(), window, marked, rows, title=title, labels=labels)
     step = view.indices[1] - view.indices[0] if length > 1 else 1
     png, gif = save(drawing, path, frame_ms=1000 * abs(step) / reader.fps)
     return Attention(png, gif, view.clip, [tuple(point) for point in points], rows)
+
+
+def _pictures(frames: Tensor) -> Tensor:
+    """Frames to draw on, (T, H, W, 3); flow as red (to the right) and green (down)."""
+    if frames.shape[3] == 3:
+        return frames
+    return torch.cat([frames, torch.full_like(frames[..., :1], 128)], 3)

@@ -82,7 +82,9 @@ class Session:
         self._path = self._out / f"{name}.pt"
         self._stop = StopSignals() if stop is None else stop
         self._schedule = Schedule(optim, steps=steps, clips=len(data.train))
-        self.updater = Updater(parallel(model, device, processes), optimiser, optim, device)
+        self.updater = Updater(
+            parallel(model, device, processes), optimiser, optim, device, processes
+        )
         self.average = None if optim.ema is None else moving_average(model, optim.ema)
         self._log: RunLog | None = None
         self.step = 0

@@ -90,10 +90,14 @@ class StopSignals:
 
 @functools.cache
 def _guard_children() -> None:
-    """Loader processes die of SIGTERM, and leave Ctrl-C to the process that saves."""
+    """Loader processes leave signals to the process that saves, whose own SIGTERM ends them.
+
+    In process groups of their own: torchrun signals the group of each process that it started.
+    """
 
     def reset() -> None:
         if _active:
+            os.setpgid(0, 0)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 

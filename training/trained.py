@@ -40,6 +40,8 @@ _CLIP_KEYS = (
     "test_short_side",
     "crop_rule",
 )
+# And what it says about images, where its videos are folders of them.
+_IMAGE_KEYS = ("template", "first_frame")
 # (sampler, crop rule, colours) of the systems' tests.
 _INCEPTION = ("inception", "inception", "unit")
 _TSM = ("tsm_dense", "tsm", "imagenet")
@@ -157,7 +159,10 @@ def _from_training(path: Path) -> Trained:
             f"weights: expected the weights of {config.name} in {path}, got others "
             f"({str(error).splitlines()[-1].strip()}); give a file that nlk train saved"
         ) from error
-    data = {key: content["config"]["data"][key] for key in _CLIP_KEYS}
+    keys = _CLIP_KEYS
+    if content["config"]["data"]["reader"] in ("frames", "flow"):
+        keys += _IMAGE_KEYS
+    data = {key: content["config"]["data"][key] for key in keys}
     if content["config"]["data"]["kind"] == "synthetic":
         data["stride"] = 1  # as generated clips are read
     return Trained(path, model, config.name, _reported(path, content["config"], model), data)
@@ -189,6 +194,8 @@ def _published_clips(name: str) -> dict[str, Any]:
     sampler, rule, colours = _CLIPS[record.system]
     if record.system == "mmaction" and record.family == "tsm":
         sampler = "mmaction_segments"
+    if name == "inception_nl_flow":
+        colours = "flow_inception"
     size = record.input.test_size
     return {
         "frames": record.input.frames,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .config_optim import OptimConfig
+from .distributed import ALONE, Processes
 
 
 class NonFiniteError(RuntimeError):
@@ -49,6 +50,7 @@ class Updater:
         optimiser: Holds the network's parameters.
         optim: ``accumulate``, ``precision``, ``clip_norm``, ``max_skips``.
         device: Where the network is.
+        processes: Those that train together: none updates its parameters where one cannot.
 
     Attributes:
         model: The network itself, without DistributedDataParallel.
@@ -61,7 +63,9 @@ class Updater:
         optimiser: torch.optim.Optimizer,
         optim: OptimConfig,
         device: torch.device,
+        processes: Processes = ALONE,
     ) -> None:
+        self._processes = processes
         self.network, self.optimiser, self.optim, self.device = network, optimiser, optim, device
         parallel = isinstance(network, DistributedDataParallel)
         self.model: nn.Module = network.module if parallel else network
@@ -93,11 +97,12 @@ class Updater:
             numbers: (B,) numbers of the clips in the data set, for the error message.
 
         Returns:
-            loss, accuracy, grad_norm (None if the update was left out), data_ms (moving the batch),
-            forward_ms, backward_ms, optimiser_ms.
+            loss, accuracy (means over all processes), grad_norm (None if the update was left out),
+            data_ms (moving the batch), forward_ms, backward_ms, optimiser_ms.
 
         Raises:
-            NonFiniteError: The loss or a gradient is not finite; no parameter was changed.
+            NonFiniteError: The loss or a gradient is not finite, here or in another process; no
+                parameter was changed in any of them.
         """
         self.optimiser.zero_grad(set_to_none=True)
         laps_ms = dict.fromkeys(("data_ms", "forward_ms", "backward_ms"), 0.0)
@@ -114,10 +119,15 @@ class Updater:
                 logits = logits if self._dtype == torch.float32 else logits.float()
                 loss = nn.functional.cross_entropy(logits, truth)
                 losses.append(loss.item())
-                _check_finite("loss", losses[-1], where, numbers)
+                correct += (logits.argmax(1) == truth).float().mean().item()
+                if part == parts - 1:
+                    # Before gradients are exchanged: a process that ended here would leave the
+                    # others waiting for its own.
+                    mean_loss, accuracy = self._agreed(
+                        sum(losses) / parts, correct / parts, where, numbers
+                    )
                 laps_ms["forward_ms"] += watch.lap_ms()
                 self._scaler.scale(loss / parts).backward()
-            correct += (logits.argmax(1) == truth).float().mean().item()
             laps_ms["backward_ms"] += watch.lap_ms()
         grad_norm = self._gradients(where, numbers)
         laps_ms["backward_ms"] += watch.lap_ms()
@@ -125,8 +135,8 @@ class Updater:
             self._scaler.step(self.optimiser)
         self._scaler.update()
         return {
-            "loss": sum(losses) / parts,
-            "accuracy": correct / parts,
+            "loss": mean_loss,
+            "accuracy": accuracy,
             "grad_norm": grad_norm,
             **laps_ms,
             "optimiser_ms": watch.lap_ms(),
@@ -145,6 +155,16 @@ class Updater:
         if state["scaler"] and self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
         self.skips, self._skips_in_a_row = state["skips"], state["skips_in_a_row"]
+
+    def _agreed(
+        self, loss: float, accuracy: float, where: str, numbers: Tensor | None
+    ) -> tuple[float, float]:
+        """Loss and accuracy of all processes; an error in each of them where one has none."""
+        mean_loss, accuracy = self._processes.means(loss, accuracy)
+        _check_finite("loss", loss, where, numbers)
+        # Whose clips they are is in that process's message.
+        _check_finite("loss of every process", mean_loss, where, None)
+        return mean_loss, accuracy
 
     def _gradients(self, where: str, numbers: Tensor | None) -> float | None:
         """Check and shorten the gradients; their norm, or None where they overflowed float16."""

@@ -32,15 +32,22 @@ def generated(tmp_path_factory):
     return root / "clips"
 
 
-def torchrun(argv, *, count=2, restarts=0, module=("-m", "nlkernels.cli"), environment=None):
-    """Run ``nlk train`` in several processes; the result of torchrun."""
+def free_port():
+    """A port of this machine that nobody listens to."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def torchrun(
+    argv, *, count=2, restarts=0, module=("-m", "nlkernels.cli"), program=None, environment=None
+):
+    """Run ``nlk train``, or another program, in several processes; the result of torchrun."""
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"),
-            *(f"--master-port={port}", f"--max-restarts={restarts}", *module, "train", *argv),
+            *(f"--master-port={free_port()}", f"--max-restarts={restarts}"),
+            *((*module, "train", *argv) if program is None else program),
         ],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),

@@ -15,9 +15,13 @@ from nlkernels.models import create_model
 from nlkernels.models.weights import save_weights
 from nlkernels.training import overlay
 from nlkernels.training.attention import Row, attend, find_blocks, place, strongest
+from nlkernels.training.data.crops import TestCrops
+from nlkernels.training.data.frame_folders import Naming
+from nlkernels.training.data.transforms import TestTransform
 from nlkernels.training.data.views import View
 from nlkernels.training.overlay import MARK, Drawing, Point, Window
 from nlkernels.training.predict import predict
+from nlkernels.training.trained import load_trained
 
 ONE_CLIP = ["data.test_clips=1"]
 OPTIONS = {"num_classes": 3, "width": 0.5, "blocks": 2, "block": {"zero_init": None}}
@@ -272,7 +276,7 @@ def test_mistakes_are_one_line(weights, video, tmp_path, capsys):
         ([str(tmp_path / "broken.mp4")], "expected a video that can be decoded"),
         ([str(tmp_path / "absent.mp4")], "no such file"),
         ([str(video), "--weights", str(plain), *draw], "a network with non-local blocks"),
-        ([str(video), "--weights", str(flow)], "expected a network of RGB clips, got one of 2"),
+        ([str(video), "--weights", str(flow)], "expected a folder of flow images for"),
         ([str(video), "--weights", str(tmp_path / "no.pt")], "check the path"),
     ):
         path, *rest = arguments
@@ -280,6 +284,69 @@ def test_mistakes_are_one_line(weights, video, tmp_path, capsys):
         err = capsys.readouterr().err
         assert err.startswith("nlk predict: ") and err.count("\n") == 1, err
         assert message in err
+
+
+def test_a_folder_of_images_is_as_its_video(weights, tmp_path, capsys):
+    template = "{:06d}.png"
+    naming = Naming(template)
+    pictures = np.random.default_rng(0).integers(0, 255, (9, 60, 80, 3), np.uint8)
+    for number, picture in enumerate(pictures):
+        (path,) = naming.paths(tmp_path, "run", number)
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(path)
+    argv = ["predict", str(tmp_path / "run"), *ONE_CLIP, "--weights", str(weights)]
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert "expected RGB images in" in err and "got 000001.png, 000002.png, 000003.png;" in err
+    found = predict(
+        tmp_path / "run",
+        weights,
+        overrides=[*ONE_CLIP, f"data.template='{template}'"],
+        attention=tmp_path / "map",
+        at=[(5, 30, 40)],
+    )
+    trained = load_trained(weights)
+    # Frames 0 to 7, as short as they are, in the middle of the width.
+    transform = TestTransform(TestCrops("centre", "caffe2", 48, 48), "grey", "rgb")
+    frames = torch.from_numpy(pictures[:8])
+    view = transform.view(60, 80, torch.Generator(), crop=0)
+    clip = transform.render(frames, view)[None]
+    expected = trained.model(clip).softmax(1)[0]
+    best = expected.argmax().item()
+    assert found.guesses[0].name == NAMES[best]
+    assert found.guesses[0].probability == pytest.approx(expected[best].item(), abs=1e-6)
+    assert found.attention.png.is_file()
+
+
+def test_flow_is_predicted_from_its_folders(tmp_path):
+    torch.manual_seed(0)
+    weights, options = (
+        tmp_path / "flow.safetensors",
+        {"num_classes": 3, "width": 0.125, "blocks": 2},
+    )
+    save_weights(
+        weights, create_model("inception_nl_flow", **options), "inception_nl_flow", options
+    )
+    naming = Naming("frame{:06d}.jpg", flow=True)
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        for path in naming.paths(tmp_path, "run", number):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 255, (40, 56), np.uint8)).save(path)
+    small = ["data.frames=8", "data.size=32", "data.short_side=[32, 32]", "data.test_size=32"]
+    found = [
+        predict(
+            tmp_path / axis / "run",
+            weights,
+            overrides=small,
+            attention=tmp_path / "map" if axis == "u" else None,
+        )
+        for axis in "uv"
+    ]
+    assert found[0].guesses == found[1].guesses
+    # Windows of 8 frames from 0 and 8 on.
+    assert found[0].protocol == "2 clips x 1 centre crop of 32, probabilities averaged"
+    assert found[0].attention.png.is_file()
 
 
 def test_a_real_clip(weights, shared_videos, tmp_path):

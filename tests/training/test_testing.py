@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +30,7 @@ from nlkernels.training.testing import run_combination
 from nlkernels.training.testing import run_test as run
 from nlkernels.training.trained import Trained, load_trained
 from nlkernels.training.view_scores import LOGITS_SYSTEMS, add_views, merge
+from tests.training.test_distributed import free_port
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -383,13 +383,10 @@ def test_a_folder_of_test_videos_is_enough(generated, networks, tmp_path, capsys
 
 @pytest.mark.gate
 def test_two_processes_test_as_one(generated, networks, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     dump = tmp_path / "two.npz"
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
-        *(f"--master-port={port}", "-m", "nlkernels.cli", "test", *argv(generated)),
+        *(f"--master-port={free_port()}", "-m", "nlkernels.cli", "test", *argv(generated)),
         *("--weights", str(networks[0]), "--dump", str(dump)),
     ]
     result = subprocess.run(
