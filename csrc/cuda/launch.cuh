@@ -11,12 +11,32 @@
 
 namespace nlk::cuda {
 
+// Makes a device the current one for as long as it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) : device_(device) {
+    error_ = cudaGetDevice(&before_);
+    if (error_ == cudaSuccess) error_ = cudaSetDevice(device);
+  }
+  ~OnDevice() {
+    if (error_ == cudaSuccess && before_ != device_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+  cudaError_t error() const { return error_; }
+
+ private:
+  int device_, before_ = 0;
+  cudaError_t error_;
+};
+
 // Runs kernel<<<blocks, threads, shared>>>(arguments...) on a device and a stream; more than 48 KB
 // of shared memory are asked for first. The stream belongs to the device's primary context.
 template <typename... Parameters, typename... Arguments>
 Error launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int shared,
              const Launch& where, Arguments... arguments) {
-  cudaError_t error = cudaSetDevice(where.device);
+  const OnDevice device(where.device);
+  cudaError_t error = device.error();
   if (error == cudaSuccess && shared > 48 * 1024)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;

@@ -1,5 +1,7 @@
 """Every CUDA kernel on every architecture: no spills, no warnings that cost speed, no growth."""
 
+import shutil
+
 import pytest
 
 from nlkernels import _build, _build_cuda, _env
@@ -43,6 +45,7 @@ def test_nothing_grew(compiled):
     assert table.regressions(table.read(file), cuda_table.merged(compiled)) == []
 
 
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt, which binutils has")
 def test_the_log_is_read():
     found = cuda_table.rows("cuda/toy.cu", "sm_80", LOG)
     numbers = {"registers": 232, "stack": 8, "spilled": 16, "shared": 1024}
