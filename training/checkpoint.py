@@ -23,7 +23,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
@@ -78,7 +78,7 @@ def save(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save(content, file)
+            _write(content, file)
             file.flush()
             os.fsync(file.fileno())
         if keep > 1:
@@ -197,6 +197,16 @@ def restore_rng(state: Mapping[str, Any]) -> None:
     if len(state["cuda"]) == torch.cuda.device_count():
         for index, one in enumerate(state["cuda"]):
             torch.cuda.set_rng_state(one.cpu(), index)
+
+
+def _write(content: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        # torch finds at the end of its archive that something is missing, and hides the reason.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _numbered(path: Path) -> dict[int, Path]:

@@ -7,6 +7,7 @@ import os
 import pickle
 import pydoc
 import random
+import resource
 import signal
 import time
 
@@ -261,6 +262,25 @@ def test_a_failure_at_any_call_of_saving_loses_nothing(tmp_path, crash):
         point += 1
     assert point >= 8
     assert checkpoint.newest(path)["step"] == point + 2
+
+
+def test_a_disk_without_room_keeps_the_last_checkpoint(tmp_path):
+    """The system itself refuses to write more, after any share of the file."""
+    path = tmp_path / "model.pt"
+    model, optimiser = save(path, step=1)
+    size = path.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in range(0, size, size // 20):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                checkpoint.save(path, model=model, optimiser=optimiser, step=2, config=CONFIG)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert checkpoint.load(path)["step"] == 1
+        assert os.listdir(tmp_path) == ["model.pt"]
+    checkpoint.save(path, model=model, optimiser=optimiser, step=3, config=CONFIG)
+    assert checkpoint.load(path)["step"] == 3
 
 
 @pytest.mark.gate

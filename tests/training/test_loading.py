@@ -106,6 +106,16 @@ def test_loader_processes_change_nothing(workers):
     assert torch.equal(clips[:, 0, 0, 0, 0], 200.0 + numbers)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.parametrize("workers", [0, 2, 4])
+def test_a_restarted_loader_gives_the_same_batches(workers):
+    expected = list(training_batches(Clips(), config(), seed=3, steps=9))[5:]
+    found = list(training_batches(Clips(), config(workers), seed=3, steps=9, start=5))
+    assert len(found) == 4
+    for one, other in zip(expected, found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_the_test_takes_every_clip_once_in_order():
     batches = list(batches_of_the_test(Clips(), config()))
     numbers = torch.cat([numbers for _, _, numbers in batches])
