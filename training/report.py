@@ -126,15 +126,22 @@ def data_lines(data: Data) -> list[str]:
     return lines + problem_lines(data.problems)
 
 
-def problem_lines(problems: Sequence[Mapping[str, str]]) -> list[str]:
-    """Unusable videos, counted, the first ones listed; empty if there are none."""
+def problem_lines(
+    problems: Sequence[Mapping[str, str]], *, others: str = ", all of them in report.json"
+) -> list[str]:
+    """Unusable videos, counted, the first ones listed; empty if there are none.
+
+    Args:
+        problems: Path and reason of each.
+        others: Where the others are, behind their number.
+    """
     if not problems:
         return []
     count = "1 video" if len(problems) == 1 else f"{len(problems)} videos"
     lines = [f"{count} could not be used:"]
     lines += [f"- {one['path']}: {one['reason']}" for one in problems[:_LISTED]]
     if len(problems) > _LISTED:
-        lines.append(f"- and {len(problems) - _LISTED} more, all of them in report.json")
+        lines.append(f"- and {len(problems) - _LISTED} more{others}")
     return lines
 
 

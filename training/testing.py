@@ -97,7 +97,8 @@ def _run(
     with processes.first_alone():
         test = load_test(config, classes=networks[0].classes, num_classes=networks[0].num_classes)
     print(f"{len(test.classes)} classes ({', '.join(test.classes)}), {len(test)} test clips")
-    print("\n".join(problem_lines(problems_of(test))), flush=True)
+    for line in problem_lines(problems_of(test), others=""):
+        print(line, flush=True)
     for network in networks:
         _check_network(network, test.classes, config)
 

@@ -116,6 +116,12 @@ def test_a_video_that_breaks_later_is_replaced_and_listed(videos, tmp_path):
         list(batches_of_the_test(data.test, settings))
 
 
+def of_one_list(folder, **data):
+    """Training and test videos of ``list.txt``, below its folder."""
+    path = str(folder / "list.txt")
+    return config(**{"root": str(folder), "train_list": path, "test_list": path} | data)
+
+
 def write_images(root, name, naming, count, size=(24, 30)):
     image = pytest.importorskip("PIL.Image", reason="needs Pillow: pip install 'nlkernels[train]'")
     for number in range(count):
@@ -132,10 +138,8 @@ def test_list_of_image_folders(tmp_path, totals):
         write_images(tmp_path, name, Naming("{:05d}.jpg"), 20)
     lines = [f"{name}{' 20' if totals else ''} {label}" for label, name in enumerate("xy")]
     (tmp_path / "list.txt").write_text("\n".join(lines))
-    settings = config(
-        root=str(tmp_path),
-        train_list=str(tmp_path / "list.txt"),
-        test_list=str(tmp_path / "list.txt"),
+    settings = of_one_list(
+        tmp_path,
         reader="frames",
         template="{:05d}.jpg",
         sampler="tsm_twice",
@@ -157,10 +161,8 @@ def test_list_of_image_folders(tmp_path, totals):
 def test_offsets_share_a_folder(tmp_path, preload):
     write_images(tmp_path, "x", Naming("img_{:05d}.jpg"), 20)
     (tmp_path / "list.txt").write_text("x 0 4 0\nx 10 4 1\n")
-    settings = config(
-        root=str(tmp_path),
-        train_list=str(tmp_path / "list.txt"),
-        test_list=str(tmp_path / "list.txt"),
+    settings = of_one_list(
+        tmp_path,
         reader="frames",
         preload=preload,
     )
@@ -328,11 +330,7 @@ def test_labels_need_classes(videos, tmp_path):
 
 def test_lists_without_usable_videos(tmp_path):
     (tmp_path / "list.txt").write_text("none.mp4 0\nalso.mp4 1\n")
-    settings = config(
-        train_list=str(tmp_path / "list.txt"),
-        test_list=str(tmp_path / "list.txt"),
-        root=str(tmp_path),
-    )
+    settings = of_one_list(tmp_path)
     with pytest.raises(ValueError, match=r"expected videos that can be used, got none, .*no such"):
         load_data(settings, seed=0)
 
@@ -347,9 +345,8 @@ def test_real_clips_as_a_list(real_clips, tmp_path):
     names = ["applying_eye_makeup.avi", "arm_wrestling.mp4", "cleaning_pool.mp4", "corrupted.mp4"]
     lines = [f"{real_clips / name} {label}" for label, name in enumerate(names)]
     (tmp_path / "list.txt").write_text("\n".join(lines))
-    settings = config(
-        train_list=str(tmp_path / "list.txt"),
-        test_list=str(tmp_path / "list.txt"),
+    settings = of_one_list(
+        tmp_path,
         check="decode",
         sampler="slowfast",
         augment="slowfast",
