@@ -42,13 +42,13 @@ def _check(operands, scale, got):
 @pytest.mark.parametrize(
     ("sizes", "dtype", "channel_first", "scale"),
     [
-        ((2, 130, 250, 256, 256), BRAIN, False, 256**-0.5),
+        ((2, 130, 170, 256, 256), BRAIN, False, 256**-0.5),
         ((1, 97, 331, 200, 136), HALF, False, -0.05),
         ((1, 65, 197, 512, 256), HALF, False, 0.04),
         ((2, 136, 200, 256, 256), BRAIN, True, 0.07),
         ((1, 72, 136, 192, 200), HALF, True, 0.07),
         ((1, 129, 150, 512, 512), BRAIN, False, 512**-0.5),
-        ((2, 70, 141, 1024, 512), HALF, False, 1024**-0.5),
+        ((1, 70, 141, 1024, 512), HALF, False, 1024**-0.5),
         ((1, 33, 130, 1000, 264), BRAIN, False, -0.03),
         ((1, 72, 136, 512, 512), HALF, True, 0.04),
         ((1, 8, 72, 1024, 512), BRAIN, True, 0.03),
@@ -67,19 +67,19 @@ def test_every_plan_passes_the_rule(sizes, dtype, channel_first, scale):
             assert model.plans == [plan]
 
 
-@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
-@pytest.mark.parametrize("head", [(64, 136), (64, 512)], ids=str)
+@pytest.mark.parametrize(("head", "dtype"), [((64, 136), BRAIN), ((64, 512), HALF)], ids=str)
 def test_every_tail_of_the_keys(head, dtype):
     for keys in (1, 7, 16, 17, 63, 64, 65, 79, 80, 81, 111, 112, 113, 127, 129, 160, 161, 225):
         operands = _operands((1, 5, keys, *head), dtype, seed=keys)
-        for plan in cuda_hopper_plan.alternatives(Problem.of(*operands))[::2]:
+        plans = cuda_hopper_plan.alternatives(Problem.of(*operands))
+        for plan in {plan.tile_keys: plan for plan in plans if plan.cluster == 1}.values():
             with emulation(seed=keys):
                 _check(operands, 0.1, cuda_hopper.forward(*operands, 0.1, plan))
 
 
 @pytest.mark.parametrize("head", [(256, 256), (512, 512), (1024, 512)], ids=str)
 def test_results_do_not_depend_on_the_order_of_events(head):
-    operands = _operands((3, 150, 200, *head), BRAIN)
+    operands = _operands((3, 70, 130, *head), BRAIN)
     plans = cuda_hopper_plan.alternatives(Problem.of(*operands))
     for plan in (plans[0], next(plan for plan in plans if plan.cluster == 2)):
         # The narrowest rings wait most often; several tiles of a block use them again.

@@ -108,6 +108,7 @@ __device__ __forceinline__ void sync_blocks() {
   if constexpr (kBlocks == 1) {
     block_sync();
   } else {
+    warp_sync();
     cluster_sync();
   }
 }
