@@ -76,13 +76,14 @@ def _loss(axes: Axes, history: History) -> None:
     axes.set_ylabel("loss")
     # A first peak does not flatten the rest.
     values = [*np.percentile(loss, [99.5]), smooth.max(), *(t["loss"] for t in history.tests)]
-    axes.set_ylim(0, 1.08 * max(values) or 1)
-    axes.legend(frameon=False, loc="upper right")
+    axes.set_ylim(0, 1.25 * max(values) or 1)
+    _legend(axes)
 
 
 def _accuracy(axes: Axes, history: History) -> None:
     axes.set_ylabel("accuracy in %")
-    axes.set_ylim(0, 105)
+    axes.set_ylim(0, 122)
+    axes.set_yticks(range(0, 101, 20))
     smooth = 100 * _smooth(history.columns["accuracy"])
     axes.plot(history.columns["step"], smooth, color=_TRAINING, linewidth=1.6, label="training")
     if history.tests:
@@ -90,7 +91,7 @@ def _accuracy(axes: Axes, history: History) -> None:
         last = history.tests[-1]
         value = 100 * last["accuracy"]
         _note(axes, last["step"], value, f"{value:.1f}%")
-    axes.legend(frameon=False, loc="upper left", ncols=2)
+    _legend(axes)
 
 
 def _tests(axes: Axes, history: History, values: list[float]) -> None:
@@ -115,11 +116,16 @@ def _time(axes: Axes, history: History) -> None:
         )
         below = below + values
     # The first steps compile and measure; what they take would hide the others.
-    top = 1.25 * np.percentile(below, 95)
+    top = 1.3 * np.percentile(below, 95)
     cut = "" if below.max() <= top else f"\n(up to {below.max():,.0f})"
     axes.set_ylim(0, top)
     axes.set_ylabel(f"ms a step{cut}")
-    axes.legend(frameon=False, loc="upper right", ncols=4, fontsize=8)
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    """In one row, in the room that the limits leave above the curves."""
+    axes.legend(frameon=False, loc="upper right", ncols=4, fontsize=8.5)
 
 
 def _steps(axes: Axes, history: History, column: str, label: str) -> None:

@@ -242,12 +242,14 @@ def training_markdown(report: Mapping[str, Any], curves: Path) -> str:
     if colour is not None:
         rows.append(["mean-colour classifier", f"{colour:.1%}"])
     training = report["training"]
+    breaks = report["course"]["breaks"]
+    since = f" from step {breaks[-1]['step']} on" if breaks else ""
     parts = [
         f"# Training {report['name']}",
         _markdown_table(rows),
         f"{result['parameters']:,} parameters, {training['steps']} steps of {training['batch']} "
-        f"clips in {result['train_s']} s; last training loss {result['train_loss']:.4f}, test loss "
-        f"{result['test_loss']:.4f}. Test: {report['data']['protocol']}. "
+        f"clips in {result['train_s']} s{since}; last training loss {result['train_loss']:.4f}, "
+        f"test loss {result['test_loss']:.4f}. Test: {report['data']['protocol']}. "
         f"Attention: {attention_line(training['attention'])}.",
         ""
         if colour is None
