@@ -20,8 +20,8 @@ class Nonlocal(nn.Module):
             self.pool = nn.MaxPool3d(kernel_size=pool_size, stride=pool_size, padding=[0, 0, 0])
 
     def forward(self, x):
-        source = self.pool(x) if self.use_pool else x
         theta = self.conv_theta(x).flatten(2)
+        source = self.pool(x) if self.use_pool else x
         phi, g = self.conv_phi(source).flatten(2), self.conv_g(source).flatten(2)
         scores = torch.einsum("bdn,bdm->bnm", theta, phi)
         if self.instantiation == "softmax":
