@@ -29,7 +29,7 @@ from .stage import DEADLINE, RowFile, clean, read_rows, supervise_all
 
 BUDGET_S = 470.0
 FOLDERS = ("tests/ops", "tests/modules", "tests")
-KERNEL_TESTS = ("test_triton*.py", "test_region*.py", "test_verify.py")
+KERNEL_TESTS = ("test_cuda*.py", "test_triton*.py", "test_region*.py", "test_verify.py")
 OTHER_TESTS = (
     "test_launch.py",
     "test_tune.py",

@@ -174,9 +174,10 @@ __device__ __forceinline__ float product_of(const float (&numbers)[kGateHeld], c
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Positions are neighbours in memory, or nothing is.
+// Positions are neighbours in memory, or nothing is. One block at least: where nothing is said, ptxas
+// spills a few registers for the sake of more.
 template <typename T, int kPositions, bool kBackward>
-__global__ void __launch_bounds__(kGateThreads) read_positions_kernel(const Reading a) {
+__global__ void __launch_bounds__(kGateThreads, 1) read_positions_kernel(const Reading a) {
   float* const factors = reinterpret_cast<float*>(shared_memory_of_block());
   const int groups = blockDim.x / kPositions, warps = blockDim.x / 32;
   constexpr int kBuffers = kBackward ? 2 : 1;

@@ -146,7 +146,7 @@ NLK_BOTH constexpr int any_weight_numbers(int kt, int kh, int kw) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kAnyWeightThreads) weight_any_kernel(const WeightGradient a) {
+__global__ void __launch_bounds__(kAnyWeightThreads, 4) weight_any_kernel(const WeightGradient a) {
   const Box in = box_of(kAnyShape, 1, kAnyRows, 0, a.kh - 1, a.kw - 1);
   const Box out = box_of(kAnyShape, 1, kAnyRows, 0, 0, 0);
   const int of_frame = a.kh * a.kw, taps = a.kt * of_frame;

@@ -88,9 +88,13 @@ def emulation(order: int = 0) -> Iterator[Any]:
         order: in which order the threads of a block take turns: 0 up, 1 down, else a seed.
     """
     before, _cuda._emulation = _cuda._emulation, module()
+    order_before = os.environ.get("NLK_EMULATION_ORDER")
     os.environ["NLK_EMULATION_ORDER"] = str(order)
     try:
         yield _cuda._emulation
     finally:
         _cuda._emulation = before
-        del os.environ["NLK_EMULATION_ORDER"]
+        if order_before is None:
+            del os.environ["NLK_EMULATION_ORDER"]
+        else:
+            os.environ["NLK_EMULATION_ORDER"] = order_before

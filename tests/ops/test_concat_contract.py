@@ -242,7 +242,7 @@ def test_explain_gives_a_reason_for_every_backend(monkeypatch):
     tensors = operands(SMALL)[:3]
     explanation = explain("nonlocal_concat", *tensors)
     assert explanation.backend == ("chunked" if _ext.missing() else "cpp")
-    assert set(explanation.reasons) == {"reference", "chunked", "cpp", "triton"}
+    assert set(explanation.reasons) == {"reference", "chunked", "cpp", "triton", "cuda"}
     assert "concat: B=2 N=9 M=7 V=4 float64 on cpu" in str(explanation)
     assert explain("nonlocal_concat", *tensors, backend="reference").backend == "reference"
     monkeypatch.setenv("NLKERNELS_BACKEND", "reference")

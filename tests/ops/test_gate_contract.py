@@ -210,7 +210,7 @@ def test_explain_gives_a_reason_for_every_backend():
     x, weight, _ = tensors((2, 3, 4, 5, 6), layout="channels_last")
     explanation = explain("channel_gate", x, weight, weight[:1], transform=torch.tanh)
     assert explanation.backend == ("chunked" if _ext.missing() else "cpp")
-    assert set(explanation.reasons) == {"reference", "chunked", "cpp", "triton"}
+    assert set(explanation.reasons) == {"reference", "chunked", "cpp", "triton", "cuda"}
     assert "B=2 C=3 positions=120 float64 channels last on cpu" in str(explanation)
     with pytest.raises(NotImplementedError, match=r"channel_gate: expected .* use backend="):
         channel_gate(x, weight, transform=torch.tanh, backend="sdpa")

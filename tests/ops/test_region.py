@@ -363,7 +363,7 @@ def test_explain_gives_a_reason_for_every_backend():
     x, weight, _ = tensors((2, 3, 4, 5, 6), (3, 3, 3))
     explanation = explain("region_aggregate", x, weight)
     assert explanation.backend == ("chunked" if _ext.missing() else "cpp")
-    assert set(explanation.reasons) == {"reference", "chunked", "cpp", "triton"}
+    assert set(explanation.reasons) == {"reference", "chunked", "cpp", "triton", "cuda"}
     assert "kernel 3x3x3 float64 on cpu" in str(explanation)
     with pytest.raises(NotImplementedError, match=r"region_aggregate: expected .* use backend="):
         region_aggregate(x, weight, backend="sdpa")
