@@ -296,7 +296,9 @@ Error walk_in(const Walk& walk, const Launch& where) {
   const std::int64_t tasks = divide_up(a.batch * walk.chunks * walk.blocks, kThreads / kLanes);
   const std::int64_t carries = divide_up(a.batch * a.channels, kThreads);
   const std::int64_t rows = divide_up(a.batch * a.readers, kThreads);
-  if (tasks > 0x7fffffff || carries > 0x7fffffff || walk.steps > 0x7fffffff) return kInvalid;
+  constexpr std::int64_t kMostBlocks = 0x7fffffff;
+  if (tasks > kMostBlocks || carries > kMostBlocks || rows > kMostBlocks) return kInvalid;
+  if (walk.steps > 0x7fffffff) return kInvalid;  // rows are counted by ints
   const dim3 blocks(static_cast<unsigned>(tasks));
   if (const Error error = launch(sums_kernel<T>, blocks, kThreads, 0, where, walk)) return error;
   if (const Error error = launch(carry_kernel, dim3(static_cast<unsigned>(carries)), kThreads, 0,

@@ -37,6 +37,15 @@ bool is_size(const RegionArguments& a, int kt, int kh, int kw) {
   return a.kernel[0] == kt && a.kernel[1] == kh && a.kernel[2] == kw;
 }
 
+// Whether places in a tensor and its halo are counted by ints.
+bool is_served(const RegionArguments& a) {
+  for (int axis = 1; axis < 5; ++axis)
+    if (a.sizes[axis] > 0x7fffffff - 64) return false;
+  for (const std::int64_t size : a.kernel)
+    if (size < 1 || size > kRegionLargest || size % 2 == 0) return false;
+  return true;
+}
+
 Extents extents_of(const RegionArguments& a) {
   return {static_cast<int>(a.sizes[1]), static_cast<int>(a.sizes[2]),
           static_cast<int>(a.sizes[3]), static_cast<int>(a.sizes[4])};
@@ -141,6 +150,7 @@ Error weight_any(const RegionArguments& arguments, WeightGradient& a, const Laun
 
 Error region_correlate(const RegionArguments& arguments, const Clip& out, bool flip,
                        const Launch& where) {
+  if (!is_served(arguments)) return kInvalid;
   Correlation a = {};
   a.x = arguments.x;
   a.out = out;
@@ -173,6 +183,7 @@ std::int64_t region_weight_parts(const RegionArguments& a) {
 
 Error region_weight_gradient(const RegionArguments& arguments, const Clip& grad, float* parts,
                              void* d_weight, const Launch& where) {
+  if (!is_served(arguments)) return kInvalid;
   WeightGradient a = {};
   a.x = arguments.x;
   a.grad = grad;
