@@ -33,12 +33,12 @@ from .timing import keep_freed_memory
 Rows = list[dict[str, Any]]
 
 KNOWN = {
-    "cpu": {**PROVIDERS, "triton": own_provider("triton", "triton")},
+    "cpu": {**PROVIDERS, **{name: own_provider(name, name) for name in ("triton", "cuda")}},
     "cuda": {name: one for name, one in GPU_PROVIDERS.items() if name not in SWEEP},
 }
 """Device -> providers of attention; a sweep over workspaces is left to `gpu_bench`."""
 
-NOT_ASKED = {"cpu": ("cpp_avx2", "triton"), "cuda": ("compiled", "flex", "ffpa_tma")}
+NOT_ASKED = {"cpu": ("cpp_avx2", "triton", "cuda"), "cuda": ("compiled", "flex", "ffpa_tma")}
 """What `--providers default` leaves out: it is compiled for long, or does not run there."""
 
 WORDS = ("all", "default")

@@ -18,11 +18,12 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import timing
 from nlkernels import nonlocal_attention
 from nlkernels._rule import OUTPUT, excess
 from nlkernels._spec import Problem
 from nlkernels.ops.softmax import cuda_hopper, cuda_hopper_plan, reference
+
+from . import timing
 
 HEADS = ("256x256", "512x512", "512x256", "1024x512")
 # (B, N, M): res3 and res4 of 4, 8, 16 and 128 frames at 224 pixels, keys pooled in space.

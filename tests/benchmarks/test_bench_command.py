@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,6 +195,12 @@ def test_every_network_has_a_name_that_bench_knows():
         224,
         224,
     )
+
+
+def test_modules_find_each_other_under_either_name():
+    """An installation has no package `benchmarks`: it is `nlkernels.benchmarks` there."""
+    for path in Path(bench_command.__file__).parent.glob("*.py"):
+        assert not re.search(r"^\s*(from|import) benchmarks\b", path.read_text(), re.M), path
 
 
 def test_json_is_valid_for_other_readers(tmp_path):
