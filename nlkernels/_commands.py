@@ -82,7 +82,7 @@ def _add_test(commands, names: str) -> None:
 def _add_predict(commands) -> None:
     text = "classify a video, and draw where the non-local blocks look"
     predict = commands.add_parser("predict", help=text, description=text)
-    predict.add_argument("video", metavar="VIDEO", help="video file")
+    predict.add_argument("video", metavar="VIDEO", help="video file, or folder of its images")
     predict.add_argument(
         "overrides", nargs="*", metavar="data.key=value", help="other clips than in its test"
     )
