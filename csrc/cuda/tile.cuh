@@ -158,7 +158,7 @@ struct Products<float> {
                                     const float* right) {
     const int across = threadIdx.x % 16;
     float part[kScores] = {};
-#pragma unroll 2
+#pragma unroll 1
     for (int k = 0; k < kChunk<float>; k += 4) {
       float4 a[4], b[4];
 #pragma unroll
