@@ -92,7 +92,11 @@ def protocol(name: str, data: DataConfig, clips: int | None, average: Average) -
     crops = _CROPS[data.test_crops].format(size=view_size(data), side=view_side(data))
     at_locations = registered(name).system in _LOCATION_SYSTEMS and average == "probabilities"
     softmax = "softmax at every location, " if at_locations else ""
-    return f"{count} x {crops}, {softmax}{average} averaged"
+    of = ""
+    if data.kind == "folder" and data.split_by == "time":
+        of = f" of the last {data.holdout:.0%} of each video"
+        of += f", in {data.parts} parts" if data.parts > 1 else ""
+    return f"{count} x {crops}, {softmax}{average} averaged{of}"
 
 
 def view_scores(model: nn.Module, clips: Tensor, average: Average) -> Tensor:

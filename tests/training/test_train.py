@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_checkpoint_of_another_network_is_refused(generated, tmp_path, capsys):
 def test_videos_that_cannot_be_read_are_counted_and_listed(videos, tmp_path, capsys):
     out = tmp_path / "out"
     argv = ["demo_videos", *SMALL, f"data.root={videos}", f"run.out={out}", "data.workers=0"]
-    argv += ["data.timeout_s=60", "optim.steps=2", "data.stride=1", "data.test_clips=2"]
+    argv += ["model.width=0.125", "optim.steps=2", "data.stride=1", "data.test_clips=2"]
     assert main(["train", *argv]) == 0
     printed = capsys.readouterr().out
     assert "2 classes (class_0, class_1), 2 training and 4 test clips" in printed
@@ -134,10 +135,30 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_code_1(generated, tmp_path,
 
 def test_real_videos(tmp_path, shared_videos, capsys):
     argv = ["demo_videos", *SMALL, f"data.root={shared_videos}", f"run.out={tmp_path}"]
-    argv += ["optim.steps=2", "optim.batch=4", "data.test_clips=1"]
+    argv += ["optim.steps=2", "optim.batch=4", "model.width=0.125"]
     assert main(["train", *argv]) == 0
     assert "1 video could not be used" in capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
     assert [problem["path"].rsplit("/")[-1] for problem in report["data"]["problems"]] == [
         "corrupted.mp4"
     ]
+
+
+@pytest.mark.gate
+def test_a_small_network_tells_held_out_parts_of_real_videos_apart(tmp_path, shared_videos, capsys):
+    """Parts of the last 30 % of each video; training saw the first 65 %."""
+    began = time.monotonic()
+    argv = ["train", "demo_videos", f"data.root={shared_videos}", f"run.out={tmp_path}"]
+    assert main(argv) == 0
+    seconds = time.monotonic() - began
+    report = json.loads((tmp_path / "report.json").read_text())
+    result = report["result"]
+    colour = result["mean_colour_accuracy"]
+    printed = capsys.readouterr().out
+    assert f"mean-colour classifier: {colour:.1%}" in printed
+    assert "4 training and 12 test clips" in printed
+    assert report["data"]["protocol"].endswith("of the last 30% of each video, in 3 parts")
+    with capsys.disabled():
+        print(f"\n{result['accuracy']:.1%} (mean colour {colour:.1%}) in {seconds:.0f} s")
+    assert result["accuracy"] > 0.9
+    assert seconds < 180
