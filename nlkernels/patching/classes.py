@@ -47,9 +47,9 @@ class Replaced(Exchanged):
     recompute = False
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own; its own runs where more than the output is asked for."""
+        """As the module's own; its own runs where more than the output is asked for, or little."""
         view = self.nonlocal_view(self)
-        if args or kwargs or view.strange():
+        if args or kwargs or view.strange() or view.few(x):
             return super().forward(x, *args, **kwargs)
         return view.forward(x)
 

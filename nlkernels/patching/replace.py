@@ -33,7 +33,8 @@ def replace_nonlocal(
     whose forward is that of our own blocks on the block's own layers. Where a layer has hooks or
     was exchanged, the block's layers run one by one around our attention. What asks for more than
     the output, as `return_nl_map=True` of Non-local_pytorch, is answered by the block's own
-    forward. Maps that a region-based block keeps in attributes are not made, and None.
+    forward; so are inputs on a CPU that are so small that it is the faster one, unless a
+    backend is named. Maps that a region-based block keeps in attributes are not made, and None.
 
     Blocks are found by the path of their class: pytorchvideo's `NonLocal`, PySlowFast's `Nonlocal`
     (its groups are outside of it), mmcv's `NonLocal1d` to `3d`, which mmaction2 uses,

@@ -4,6 +4,7 @@ A view reads its module's layers and options at every call, so that layers which
 or given hooks later are seen. Nothing of the other package is imported.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from nlkernels.modules.options import factor
 from nlkernels.ops.pool.problem import LARGEST
 
 _PROJECTIONS = ("theta", "phi", "g", "out")
+# Scores (B N M) up to which theirs is the faster forward and backward on a CPU, by kind: ours took
+# 1.1 to 1.4 times theirs at 14,112 to 153,664 (softmax), 40,000 (dot_product) and 307,328
+# (gaussian) scores, on one thread with AVX-512-BF16.
+FEW_SCORES = {"softmax": 2**18, "gaussian": 2**19, "dot_product": 2**17}
 # What mmcv builds for torch's layers; they differ for empty inputs of torch before 1.5 only.
 _WRAPPERS = "mmcv.cnn.bricks.wrappers"
 CONV_MODULE = "mmcv.cnn.bricks.conv_module.ConvModule"
@@ -124,11 +129,28 @@ class View:
         y = self._attend(*rows).mT.unflatten(2, x.shape[2:])
         return x + self.ending(y.contiguous(memory_format=layers.memory_format(x)))
 
+    def few(self, x: torch.Tensor) -> bool:
+        """Whether so few scores are asked for that the system's own forward is the faster one."""
+        measured = isinstance(x, torch.Tensor) and x.device.type == "cpu"
+        if not measured or torch.compiler.is_compiling():
+            return False
+        if self.fused is not None or self.recompute:
+            return False
+        if requested_backend(self._backend, None, self._name) != "auto":
+            return False
+        queries = math.prod(x.shape[2:])
+        keys = queries // math.prod(self.pool_size or (1,))
+        return x.shape[0] * queries * keys <= FEW_SCORES.get(self.kind, 0)
+
     def explain(self, x: torch.Tensor) -> Explanation:
         """See `NonLocalBlock3d.explain`."""
         if why := self.strange():
             raise NotImplementedError(f"{self._name}: expected our computation, got {why}")
-        return NonLocalBlock.explain(self, x)
+        found = NonLocalBlock.explain(self, x)
+        if not self.few(x):
+            return found
+        note = "so few scores are left to the block's own forward, unless a backend is named"
+        return found._replace(problem=f"{found.problem}; {note}")
 
     def _operands(self, x: torch.Tensor, apart: bool) -> tuple[torch.Tensor, ...]:
         if apart:
