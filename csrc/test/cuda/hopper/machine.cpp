@@ -67,13 +67,22 @@ void Machine::run_cluster(int first, int threads) {
   }
   // Rounds begin at a drawn warp, so that any of them may be ahead of the others.
   std::size_t left = fibers_.size();
+  const Warp* slow = nullptr;
   while (left > 0) {
     bool moved = false;
+    // Now and then another warp falls behind.
+    if (draw(32)) slow = warps_[random_() % warps_.size()].get();
     const std::size_t offset = random_() % warps_.size() * 32;
     const std::size_t rounds = draw(2) ? fibers_.size() : 32;
     for (std::size_t i = 0; i < rounds; ++i) {
       Fiber& next = *fibers_[(offset + i) % fibers_.size()];
       if (next.done || (next.ready && !next.ready())) continue;
+      // Whoever is held back could go on: that is no deadlock.
+      if (next.turns_left > 0 || (next.warp == slow && !draw(16))) {
+        next.turns_left -= next.turns_left > 0;
+        moved = true;
+        continue;
+      }
       next.ready = nullptr;
       fiber = &next;
       swapcontext(&scheduler_, &next.context);
@@ -119,6 +128,11 @@ void Machine::arrive(Block& block, std::uint32_t address, int arrivals, std::int
     barrier.pending = barrier.expected;
     barrier.phase ^= 1;
   }
+}
+
+void Machine::pause() {
+  fiber->turns_left = static_cast<int>(random_() % 6);
+  if (fiber->turns_left > 0) swapcontext(&fiber->context, &scheduler_);
 }
 
 void Machine::check_published() const {
@@ -245,6 +259,7 @@ void barrier_arrive_at(std::uint32_t barrier, int rank) {
   machine::Machine& machine = *machine::current;
   machine.check_published();
   machine.arrive(*machine.cluster.at(static_cast<std::size_t>(rank)), barrier, 1, 0);
+  machine.pause();
 }
 
 void wgmma_commit() {

@@ -97,7 +97,7 @@ struct Fiber {
   std::unique_ptr<std::uint8_t[]> stack;
   Block* block = nullptr;
   Warp* warp = nullptr;
-  int thread = 0;
+  int thread = 0, turns_left = 0;
   bool done = false, dirty = false;
   std::function<bool()> ready;  // empty: can run
 };
@@ -138,6 +138,8 @@ class Machine {
     wait_until([warp, generation] { return warp->generation != generation; });
   }
 
+  // Others may go on first.
+  void pause();
   void sync(bool of_cluster);
   void issue(Copy copy);
   void arrive(Block& block, std::uint32_t barrier, int arrivals, std::int64_t bytes);
