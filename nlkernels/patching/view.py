@@ -19,7 +19,7 @@ from nlkernels.ops.pool.problem import LARGEST
 
 _PROJECTIONS = ("theta", "phi", "g", "out")
 # Scores (B N M) up to which theirs is the faster forward and backward on a CPU, by kind: ours took
-# 1.1 to 1.4 times theirs at 14,112 to 153,664 (softmax), 40,000 (dot_product) and 307,328
+# 1.05 to 1.95 times theirs at 14,112 to 153,664 (softmax), 40,000 (dot_product) and 307,328
 # (gaussian) scores, on one thread with AVX-512-BF16.
 FEW_SCORES = {"softmax": 2**18, "gaussian": 2**19, "dot_product": 2**17}
 # What mmcv builds for torch's layers; they differ for empty inputs of torch before 1.5 only.

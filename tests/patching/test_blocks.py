@@ -21,10 +21,8 @@ from tests.patching.packages.slowfast.models.nonlocal_helper import Nonlocal
 # A sample for `make test`; the gate runs all of them.
 SAMPLE = (
     "slowfast-softmax-(1,2,2)-bn",
-    "slowfast-dot_product-None-layer",
     "non_local_gaussian-3d-sub-bn",
     "non_local_concatenation-2d-sub-bare",
-    "non_local-3d-sub-bn",
     "rnl-(1,3,5)-softmax-True-False",
     "timm-True",
 )
@@ -108,6 +106,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_stand_ins_are_what_they_stand_for(path):
     case = load(path)

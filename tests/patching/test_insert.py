@@ -117,6 +117,7 @@ def test_frames_as_images_and_as_clips():
         model(x.double()[:6])
 
 
+@pytest.mark.gate
 def test_copies_and_compiled_models():
     model, x = Video().eval(), torch.randn(CLIP)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -251,6 +251,7 @@ def test_copies_and_pickles_are_replaced_too(tmp_path):
         restore_nonlocal([])
 
 
+@pytest.mark.gate
 def test_compiled_before_and_after():
     model = net().eval()
     x = torch.randn(CLIP)
@@ -267,6 +268,7 @@ def test_compiled_before_and_after():
     assert not any("block_project" in event.key for event in profile.key_averages())
 
 
+@pytest.mark.gate
 def test_data_parallel_wrappers(tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
