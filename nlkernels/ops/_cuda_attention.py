@@ -100,14 +100,15 @@ def _units(
 ) -> torch.Tensor | None:
     """Powers of two (B,), by which float16 weights factor rows @ columns^T are divided.
 
-    A product is at most C max|row| max|column|. Weights of a softmax need none. An infinite or NaN
-    element leaves its item in units of 2^-126 or more, whichever: what it reaches is not finite.
+    A product is at most C max|row| max|column|. Weights of a softmax need none. An item with an
+    infinite or NaN element gets the unit 1: its other rows are as without units.
     """
     if rows.dtype != torch.float16 or affinity == SOFTMAX:
         return None
     peaks = [torch.linalg.vector_norm(t, float("inf"), dim=(1, 2)).float() for t in (rows, columns)]
     bound = peaks[0] * peaks[1] * (abs(factor) * rows.shape[2])
-    exponent = torch.frexp(bound.nan_to_num(1.0, posinf=1.0))[1] - 1 - _UNIT_BITS
+    one = 2.0**_UNIT_BITS
+    exponent = torch.frexp(bound.nan_to_num(one, posinf=one))[1] - 1 - _UNIT_BITS
     return torch.ldexp(torch.ones_like(bound), exponent.clamp(-60 - _UNIT_BITS, 126))
 
 
