@@ -52,7 +52,7 @@ def cuda_recipe() -> _build.Recipe | None:
     """
     sources = _build.Sources.read(ROOT / "csrc", _build_cuda.PART)
     named = _env.read("NLKERNELS_CUDA_ARCHS")
-    architectures = _build_cuda.asked(named or "all", list(sources.listed["architectures"]))
+    architectures = _build_cuda.asked(named or "all", list(sources.listed.get("architectures", ())))
     if not architectures:
         return None
     try:
