@@ -33,21 +33,22 @@ def check(name, dtypes=(torch.float64, torch.float32)):
     made = randomised(make())
     keys = list(made.state_dict())
     parameters = list(made.parameters())
-    for training in (True, False):
-        for fused in (None, False):
-            for dtype in dtypes:
-                theirs = copy.deepcopy(made).to(dtype).train(training)
-                x = torch.randn(SHAPES[dims], dtype=dtype)
-                expected = results(theirs, x)
-                truth = results(copy.deepcopy(theirs).double(), x.double())
-                with replace_nonlocal(theirs, backend="chunked") as report:
-                    theirs.fused = fused
-                    found = results(theirs, x)
-                    assert list(theirs.state_dict()) == keys and len(report) == 1
+    for dtype in dtypes:
+        theirs = copy.deepcopy(made).to(dtype)
+        ours = copy.deepcopy(theirs)
+        assert len(replace_nonlocal(ours, backend="chunked")) == 1
+        x = torch.randn(SHAPES[dims], dtype=dtype)
+        for training in (True, False):
+            expected = results(theirs.train(training), x)
+            for fused in (None, False):
+                ours.fused = fused
+                found = results(ours.train(training), x)
                 if dtype == torch.float64:
                     assert_same(found, expected, 1e-9)
                 else:  # a rounding of theirs is no fault of ours
+                    truth = results(copy.deepcopy(theirs).double(), x.double())
                     assert_same(found, truth, 1e-6 + 3 * furthest(expected, truth))
+        assert list(ours.state_dict()) == keys
     made_again = replace_nonlocal(made)
     assert all(a is b for a, b in zip(parameters, made.parameters(), strict=True))
     made_again.restore()
@@ -55,7 +56,9 @@ def check(name, dtypes=(torch.float64, torch.float32)):
 
 
 def furthest(found, truth):
-    largest = max(t.abs().max().item() for n, t in truth.items() if n.startswith("grad"))
+    """Largest difference from the truth, relative to the largest number, of all gradients' one."""
+    gradients = [t.abs().max().item() for n, t in truth.items() if n.startswith("grad")]
+    largest = max(gradients, default=1.0)
     scales = {
         n: largest if n.startswith("grad") else t.abs().max().item() for n, t in truth.items()
     }
@@ -66,11 +69,11 @@ def furthest(found, truth):
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_block(name):
-    check(name)
+    check(name, [torch.float64])
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("name", [name for name in BLOCKS if name not in SAMPLE])
+@pytest.mark.parametrize("name", BLOCKS)
 def test_every_block(name):
     check(name)
 
