@@ -1,14 +1,11 @@
 """pytorchvideo's and mmcv's own blocks, replaced: outputs, gradients, statistics and keys stay."""
 
-import copy
 import itertools
 
 import pytest
 import torch
 
-from nlkernels import replace_nonlocal
-from tests.patching.blocks import randomised, results
-from tests.patching.test_blocks import assert_same, furthest
+from tests.patching.test_blocks import check_module
 
 video = pytest.importorskip(
     "pytorchvideo.layers.nonlocal_net", reason="pytorchvideo is only in the foreign environment"
@@ -23,26 +20,6 @@ MMCV = {
 }
 
 
-def check(made, shape, backward=True):
-    randomised(made)
-    keys = list(made.state_dict())
-    for training, fused in itertools.product((True, False), (None, False)):
-        for dtype in (torch.float64, torch.float32):
-            theirs = copy.deepcopy(made).to(dtype).train(training)
-            x = torch.randn(shape, dtype=dtype)
-            expected = results(theirs, x, backward)
-            truth = results(copy.deepcopy(theirs).double(), x.double(), backward)
-            report = replace_nonlocal(theirs, backend="chunked")
-            theirs.fused = fused
-            found = results(theirs, x, backward)
-            assert list(theirs.state_dict()) == keys
-            slack = 1e-6 + 3 * furthest(expected, truth)
-            single = dtype == torch.float32
-            assert_same(found, truth if single else expected, slack if single else 1e-9)
-            report.restore()
-            torch.testing.assert_close(results(theirs, x, backward)["out"], expected["out"])
-
-
 @pytest.mark.parametrize("norm", [torch.nn.BatchNorm3d, None], ids=["bn", "none"])
 @pytest.mark.parametrize("pool", [None, (1, 2, 2), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("kind", ["softmax", "dot_product"])
@@ -50,7 +27,7 @@ def test_pytorchvideo(kind, pool, norm):
     made = video.create_nonlocal(
         dim_in=6, dim_inner=3, pool_size=pool, instantiation=kind, norm=norm
     )
-    check(made, (2, 6, 4, 5, 6))
+    check_module(made, (2, 6, 4, 5, 6))
 
 
 @pytest.mark.parametrize("norm", ["none", "BN", "GN"])
@@ -70,4 +47,4 @@ def test_mmcv(dims, mode, sub_sample, norm):
             reduction=reduction,
         )
         # Their concatenation changes in place what its own backward needs.
-        check(made, shape, backward=mode != "concatenation")
+        check_module(made, shape, backward=mode != "concatenation")

@@ -30,23 +30,28 @@ SAMPLE = (
 
 def check(name, dtypes=(torch.float64, torch.float32)):
     dims, make = BLOCKS[name]
-    made = randomised(make())
+    check_module(make(), SHAPES[dims], dtypes)
+
+
+def check_module(made, shape, dtypes=(torch.float64, torch.float32), backward=True):
+    """A block, replaced: in few passes and layer after layer, in both modes."""
+    randomised(made)
     keys = list(made.state_dict())
     parameters = list(made.parameters())
     for dtype in dtypes:
         theirs = copy.deepcopy(made).to(dtype)
         ours = copy.deepcopy(theirs)
         assert len(replace_nonlocal(ours, backend="chunked")) == 1
-        x = torch.randn(SHAPES[dims], dtype=dtype)
+        x = torch.randn(shape, dtype=dtype)
         for training in (True, False):
-            expected = results(theirs.train(training), x)
+            expected = results(theirs.train(training), x, backward)
             for fused in (None, False):
                 ours.fused = fused
-                found = results(ours.train(training), x)
+                found = results(ours.train(training), x, backward)
                 if dtype == torch.float64:
                     assert_same(found, expected, 1e-9)
                 else:  # a rounding of theirs is no fault of ours
-                    truth = results(copy.deepcopy(theirs).double(), x.double())
+                    truth = results(copy.deepcopy(theirs).double(), x.double(), backward)
                     assert_same(found, truth, 1e-6 + 3 * furthest(expected, truth))
         assert list(ours.state_dict()) == keys
     made_again = replace_nonlocal(made)
