@@ -1,7 +1,7 @@
 // Pointwise products: weights are packed once, then blocks of positions, each by one thread.
 //
 //   channels of the result are neighbours in memory   positions are rows of C, weights its panels
-//   positions are (maps of channels, NCDHW)           weights are rows of C, positions its panels
+//   positions are (maps of channels, NCDHW)           weights are rows of C, in tall panels, positions its panels
 //
 // so that results are written from end to end in both.
 #ifndef NLK_CPU_POINTWISE_PRODUCT_H_
@@ -41,11 +41,10 @@ class PointwiseProduct {
   // Where what lies; returns the bytes of it all.
   std::int64_t lay_out(void* workspace) {
     Pieces pieces(workspace);
+    const std::int64_t channels =
+        maps_ ? rounded_up(a_.channels, kTallPanel) : padded_columns<E>(a_.channels);
     for (int s = 0; s < a_.sources; ++s) {
-      const std::int64_t depth = a_.source[s].depth;
-      weights_[s] =
-          pieces.take<E>(maps_ ? rounded_up(a_.channels, kRowStep) * packed_stride<E>(depth)
-                               : padded_columns<E>(a_.channels) * whole_groups(depth));
+      weights_[s] = pieces.take<E>(channels * whole_groups(a_.source[s].depth));
     }
     moments_ = pieces.take<double>(a_.moments ? a_.batch * blocks_ * 2 * a_.channels : 0);
     const std::int64_t shared = pieces.bytes();
@@ -67,9 +66,10 @@ class PointwiseProduct {
 
   bool run() {
     lay_out(a_.workspace);
-    const std::int64_t pieces = blocks_of(a_.channels, kPanel<E>);
+    const std::int64_t piece = maps_ ? kTallPanel : kPanel<E>;
+    const std::int64_t pieces = blocks_of(a_.channels, piece);
     auto pack = [&](std::int64_t task, int) {
-      pack_weight(static_cast<int>(task / pieces), task % pieces * kPanel<E>);
+      pack_weight(static_cast<int>(task / pieces), task % pieces * piece, piece);
     };
     if (!parallel(a_.threads, a_.sources * pieces, pack)) return false;
     auto block = [&](std::int64_t task, int thread) {
@@ -99,21 +99,13 @@ class PointwiseProduct {
 
   static std::int64_t whole_groups(std::int64_t depth) { return rounded_up(depth, kGroup<E>); }
 
-  void pack_weight(int s, std::int64_t first) {
+  void pack_weight(int s, std::int64_t first, std::int64_t piece) {
     const PointwiseSource& source = a_.source[s];
-    const std::int64_t count = smaller_of(kPanel<E>, a_.channels - first);
+    const std::int64_t count = smaller_of(piece, a_.channels - first);
     const Part<T> part{static_cast<const T*>(source.weight) + first * source.weight_row,
                        source.weight_row, source.weight_channel};
-    if (!maps_) {
-      E* to = weights_[s] + first * whole_groups(source.depth);
-      pack_panel<E, T>(transposed(part), source.depth, count, panel_width<E>(count), to);
-      return;
-    }
-    const std::int64_t stride = packed_stride<E>(source.depth);
-    const bool last = first + count == a_.channels;
-    const std::int64_t rows = last ? rounded_up(a_.channels, kRowStep) - first : count;
-    E* to = weights_[s] + first * stride;
-    pack_rows<E, T>(part, count, source.depth, to, stride, rows, stride);
+    pack_panel<E, T>(transposed(part), source.depth, count, maps_ ? piece : panel_width<E>(count),
+                     weights_[s] + first * whole_groups(source.depth));
   }
 
   // ---- positions are rows ----------------------------------------------------------------------
@@ -177,16 +169,19 @@ class PointwiseProduct {
       const std::int64_t rows = smaller_of(kRowsOfResults, a_.channels - row);
       for (int s = 0; s < a_.sources; ++s) {
         const std::int64_t depth = whole_groups(a_.source[s].depth);
-        const std::int64_t stride = packed_stride<E>(a_.source[s].depth);
-        const auto product = [&](const auto& end) {
-          multiply<E>(in_rows(weights_[s] + row * stride, stride),
-                      own_piece(positions_[s], at.thread, thread_bytes_), depth,
-                      rounded_up(rows, kRowStep), at.count, depth, results, results_row_, s > 0, end);
-        };
-        if (is_direct_ && s == a_.sources - 1) {
-          product(written(at, 0, at.count, row, rows));
-        } else {
-          product(Kept{});
+        const E* const columns = own_piece(positions_[s], at.thread, thread_bytes_);
+        for (std::int64_t r = 0; r < rows; r += kTallPanel) {
+          const std::int64_t count = smaller_of(kTallPanel, rows - r);
+          const auto product = [&](const auto& end) {
+            multiply<E>(in_tall_panel(weights_[s] + (row + r) * depth), columns, depth,
+                        rounded_up(count, kRowStep), at.count, depth, results + r * results_row_,
+                        results_row_, s > 0, end);
+          };
+          if (is_direct_ && s == a_.sources - 1) {
+            product(written(at, 0, at.count, row + r, count));
+          } else {
+            product(Kept{});
+          }
         }
       }
       if (is_direct_) continue;

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 
@@ -26,12 +27,31 @@ def differentiates(*operands: torch.Tensor) -> bool:
     return any(t.requires_grad for t in operands)
 
 
-def signed(function: type) -> type:
-    """Decorator of an autograd.Function: its forward's signature is found once.
+class _AsGiven(inspect.Signature):
+    """A signature whose arguments all come by position: there is nothing to bind."""
 
-    torch asks for it in every call, which takes longer than many an operation.
+    def bind(self, *args):
+        return _Bound(args)
+
+
+class _Bound:
+    kwargs: ClassVar[dict] = {}
+
+    def __init__(self, args: tuple) -> None:
+        self.args = args
+
+    def apply_defaults(self) -> None:
+        pass
+
+
+def signed(function: type) -> type:
+    """Decorator of an autograd.Function that is applied to all its arguments by position.
+
+    torch asks for its forward's signature and binds them to it in every call, which takes longer
+    than many an operation.
     """
-    function.forward.__signature__ = inspect.signature(function.forward)
+    parameters = inspect.signature(function.forward).parameters.values()
+    function.forward.__signature__ = _AsGiven(parameters)
     return function
 
 

@@ -21,11 +21,14 @@ def define(schema: str) -> Callable:
         @functools.wraps(implementation)
         def run(first: torch.Tensor, *arguments):
             device = first.device.type
-            with torch.no_grad():
-                if autocasts(device):
-                    with torch.autocast(device, enabled=False):
-                        return implementation(first, *arguments)
-                return implementation(first, *arguments)
+            if autocasts(device):
+                with torch.no_grad(), torch.autocast(device, enabled=False):
+                    return implementation(first, *arguments)
+            if torch.is_grad_enabled():
+                with torch.no_grad():
+                    return implementation(first, *arguments)
+            # As within every autograd.Function.
+            return implementation(first, *arguments)
 
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(schema.split("(")[0], run, "CompositeExplicitAutograd")

@@ -4,6 +4,7 @@ The kernels are compiled in processes of their own, because the interpreter runs
 `python -m tests.gates.table` rewrites the committed tables.
 """
 
+import fcntl
 import importlib
 import json
 import os
@@ -27,8 +28,19 @@ COMMITTED = sorted(Path(__file__).parent.glob("table-*.json"))
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory) -> dict:
-    """The table as this checkout gives it."""
-    file = tmp_path_factory.mktemp("gates") / "table.json"
+    """The table as this checkout gives it, measured once for all processes of a run."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    file = shared / "table.json"
+    with open(shared / "table.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            measure(file)
+    return json.loads(file.read_text())
+
+
+def measure(file: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.gates.table", "--measure", str(file)],
         cwd=ROOT,
@@ -37,7 +49,6 @@ def measured(tmp_path_factory) -> dict:
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(file.read_text())
 
 
 def every_fault(rows: table.Rows, *words: str) -> list[str]:
