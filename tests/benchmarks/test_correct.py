@@ -15,7 +15,7 @@ def test_the_kernels_own_tests_come_first() -> None:
     files = correct.files()
     assert len(files) == len(set(files))
     assert all((results.ROOT / file).is_file() for file in files)
-    kernels = [file for file in files if "triton" in file]
+    kernels = [file for file in files if "triton" in file or "cuda" in file]
     assert kernels and files[: len(kernels)] == kernels
     assert {"tests/ops/test_attention.py", "tests/modules/test_block.py"} <= set(files)
     stems = {file.rpartition("/")[2].removesuffix(".py") for file in files}
