@@ -106,7 +106,7 @@ class Reckoned:
         with self._mode:
             self._network = Network.make(case, variant, dtype, passes)
             if passes == "training":  # in whose first step momentum appears
-                self._step(1)
+                self._step(case.batch)
         self.parameters = count_parameters(self._network.model)
         self.state_mib = self._network.state_mib
 
