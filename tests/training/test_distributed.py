@@ -139,6 +139,24 @@ if __name__ == "__main__":
 """
 
 
+IN_A_TEST = """
+import os, signal, sys
+from nlkernels.cli import main
+from nlkernels.training import session
+
+usual = session.{place}
+
+def hit(*args, **options):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return usual(*args, **options)
+
+if __name__ == "__main__":
+    session.{place} = hit
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.gate
 def test_a_signal_to_one_process_stops_all_behind_the_same_step(generated, tmp_path):
     driver = tmp_path / "driver.py"
@@ -150,6 +168,22 @@ def test_a_signal_to_one_process_stops_all_behind_the_same_step(generated, tmp_p
     assert result.stdout.count("stopped and saved at step 6 of 1000") == 1
     assert len(checkpoint.load(tmp_path / "model.pt")["rng"]) == 2
     assert not left_over(driver)
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("more", [[], ["optim.precise_norms=2"]], ids=["test", "precise-norms"])
+def test_a_signal_to_one_process_in_a_test_stops_all(generated, tmp_path, more):
+    driver = tmp_path / "driver.py"
+    place = "set_precise_norms" if more else "evaluate"
+    driver.write_text(IN_A_TEST.format(place=place))
+    argv = ["smoke", f"data.root={generated}", *FILES, "optim.steps=6", "run.test_every=2", *more]
+    environment = {"PYTHONPATH": str(ROOT)}
+    result = torchrun(
+        [*argv, f"run.out={tmp_path}"], module=(str(driver),), environment=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("stopped and saved at step 2 of 6") == 1
+    assert len(checkpoint.load(tmp_path / "model.pt")["rng"]) == 2
 
 
 @pytest.mark.gate

@@ -336,6 +336,28 @@ def test_a_signal_saves_and_exits_with_0(generated, tmp_path, number, workers):
     assert [e["step"] for e in events(tmp_path / "model.jsonl")] == list(range(1, step + 3))
 
 
+def test_a_signal_behind_a_test_leaves_its_plateau_to_the_repeated_one(
+    generated, tmp_path, monkeypatch
+):
+    argv = ["train", "smoke", f"data.root={generated}", *FILES, "optim.steps=6", "optim.lr=0"]
+    # No test is better than the first: each but that lowers the rate.
+    argv += [*SETTINGS["plateau"], "optim.norms=running", f"run.out={tmp_path}"]
+    tested = session.Session._test_on_the_way
+
+    def interrupted(self):
+        tested(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.Session, "_test_on_the_way", interrupted)
+        with pytest.raises(SystemExit):
+            main(argv)
+    assert checkpoint.load(tmp_path / "model.pt")["step"] == 2
+    assert main([*argv, "run.resume=auto"]) == 0
+    assert [event["step"] for event in events(tmp_path / "model.jsonl", "test")] == [2, 4, 6]
+    assert checkpoint.load(tmp_path / "model.pt")["schedule"]["reductions"] == 1
+
+
 def test_a_signal_during_a_test_is_obeyed_at_once(generated, tmp_path, monkeypatch):
     evaluate = session.evaluate
 

@@ -68,6 +68,8 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             pass_fds=(self._file,),
+            # Ctrl-C and torchrun signal whole groups: the clips of the last step are still decoded.
+            process_group=0,
             env={**_ALLOCATOR, **os.environ, "PYTHONPATH": path},
         )
         self.answers = self._process.stdout
