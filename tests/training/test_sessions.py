@@ -141,6 +141,10 @@ def test_a_finished_run_is_tested_again_by_auto(generated, tmp_path, capsys):
     again = json.loads((tmp_path / "report.json").read_text())
     for name in ("accuracy", "test_loss", "train_loss"):
         assert report["result"][name] == again["result"][name]
+    # Nothing but the checkpoint is needed.
+    os.remove(tmp_path / "model.jsonl")
+    assert main([*argv, "run.resume=auto"]) == 0
+    assert "course" not in json.loads((tmp_path / "report.json").read_text())
     # A new run never goes on from what it finds.
     assert main(argv) == 0
     assert checkpoint.load(tmp_path / "before-model.pt")["step"] == 4
