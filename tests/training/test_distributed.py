@@ -7,13 +7,14 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
 from nlkernels.cli import main
-from nlkernels.training import checkpoint
+from nlkernels.training import checkpoint, distributed
 from nlkernels.training.config import Config, DataConfig, OptimConfig
 from nlkernels.training.data.synthetic import write_synthetic
 from nlkernels.training.distributed import ALONE, Processes, choose_device
@@ -273,6 +274,21 @@ def test_a_batch_that_cannot_be_shared():
 def test_seeds_of_processes_differ():
     assert Processes(0, 4).seed(7) == 7
     assert len({Processes(rank, 64).seed(7) for rank in range(64)}) == 64
+
+
+def test_processes_wait_while_the_first_decodes_a_whole_folder(monkeypatch):
+    # torch's own half an hour is less than a large one takes.
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    store, taken = torch.distributed.HashStore(), {}
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_: iter([(store, 0, 2)]))
+    monkeypatch.setattr(
+        distributed.distributed, "init_process_group", lambda *_, **options: taken.update(options)
+    )
+    monkeypatch.setattr(distributed.distributed, "destroy_process_group", lambda: None)
+    with distributed.joined("cpu") as processes:
+        assert processes == Processes(0, 2)
+    assert taken["timeout"] >= timedelta(days=1)
 
 
 def test_a_comparison_is_for_one_process(tmp_path, monkeypatch, capsys):
