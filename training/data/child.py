@@ -91,7 +91,12 @@ class Child:
         Raises:
             ImportError: The reader cannot be loaded.
         """
-        line = self.answers.readline()
+        try:
+            line = self.answers.readline()
+        except BaseException:
+            # Ctrl-C: what comes yet must not be taken for the answer to the next request.
+            self.has_ended = True
+            raise
         if line.endswith(b"\n"):
             answer = json.loads(line)
             self._is_ready = True

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+import types
 from contextlib import closing
 from pathlib import Path
 
@@ -85,6 +86,19 @@ def test_one_child_serves_all_videos_and_none_is_left(fake):
     assert os.getpgid(child) == child
     ChildReader.stop_children()
     assert children() == before
+
+
+def test_an_interrupted_request_is_not_answered_later(fake):
+    video = ChildReader.open("a", reader=fake)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    (child,) = [one for key, one in ChildReader._children.items() if key[0] == os.getpid()]
+    child.answers = types.SimpleNamespace(readline=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        video.frames([1])
+    assert ChildReader.open("talk-b", reader=fake).frames([0])[0, 0, 0, 0] == ord("b")
 
 
 def alive(word):
