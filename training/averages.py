@@ -36,8 +36,8 @@ def set_precise_norms(
     The mean is that of the batches' means. The variance is E[variance + mean^2] less its square:
     that of all values, but for the factor n / (n - 1) of torch's running variances. The original
     does this with 200 batches before tests and checkpoints, PySlowFast at the end of an epoch.
-    Norms that use their running statistics stay as they are; no random number of the caller's is
-    drawn.
+    Norms that use their running statistics stay as they are, and where the batches end in an
+    exception all do; no random number of the caller's is drawn.
 
     Args:
         model: On ``device``. It is left in training mode.
@@ -54,6 +54,7 @@ def set_precise_norms(
     ]
     momenta = [norm.momentum for norm in norms]
     counted = [norm.num_batches_tracked.clone() for norm in norms]
+    before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
     sums = [torch.zeros(2, norm.num_features, dtype=torch.float64) for norm in norms]
     number = 0
     try:
@@ -67,6 +68,12 @@ def set_precise_norms(
                 for norm, both in zip(norms, sums, strict=True):
                     mean, variance = norm.running_mean.double(), norm.running_var.double()
                     both += torch.stack((mean, variance + mean.square())).cpu()
+    except BaseException:
+        # Such as a signal, behind which the network is saved.
+        for norm, (mean, variance) in zip(norms, before, strict=True):
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+        raise
     finally:
         for norm, momentum, count in zip(norms, momenta, counted, strict=True):
             norm.momentum = momentum

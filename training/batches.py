@@ -95,6 +95,10 @@ class Batches:
             pin_memory=config.run.device != "cpu" and torch.cuda.is_available(),
         )
 
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self._loader)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         try:
             for batch in self._loader:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch import distributed, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+# The first process may decode every video of a folder while the others wait, and torch gives up
+# after half an hour. A lost process ends the others by torchrun, and no video hangs for ever.
+_PATIENCE = timedelta(days=2)
 # Apart from each other in the seeds that people choose; the first process keeps the run's own.
 _SEED_STEP = 1_000_003
 
@@ -101,7 +105,9 @@ def joined(device: str) -> Iterator[Processes]:
     store, _, _ = next(rendezvous("env://", rank, count))
     store = distributed.PrefixStore(f"start-{restarts}", store)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
+    distributed.init_process_group(
+        backend, timeout=_PATIENCE, store=store, rank=rank, world_size=count
+    )
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
     try:

@@ -1,5 +1,6 @@
 """Tests of a training: accuracy and loss over the test videos; a check that needs no network."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from .distributed import ALONE, Processes
 from .scores import accuracy_of
+from .updates import NonFiniteError
 from .view_scores import Average, Views, add_views, merge
 
 
@@ -46,6 +48,9 @@ def evaluate(
     Returns:
         Accuracy and loss over the videos of all processes, each counted once. The model is in
         training mode again if it was.
+
+    Raises:
+        NonFiniteError: Scores are not finite, though the last loss was.
     """
     training = model.training
     model.eval()
@@ -56,10 +61,13 @@ def evaluate(
     scores = torch.stack([video.means[0] for video in videos])
     labels = torch.tensor([video.label for video in videos])
     logs = scores.log_softmax(1) if average == "logits" else scores.clamp_min(1e-12).log()
-    return TestResult(
-        accuracy=accuracy_of(scores.float().numpy(), labels.numpy()).top1,
-        loss=nn.functional.nll_loss(logs, labels).item(),
-    )
+    loss = nn.functional.nll_loss(logs, labels).item()
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"train: expected finite scores of the test, got a loss of {loss}; the weights have "
+            "diverged, lower optim.lr or lengthen optim.warmup"
+        )
+    return TestResult(accuracy_of(scores.float().numpy(), labels.numpy()).top1, loss)
 
 
 def mean_colour_accuracy(train: Views, test: Views, *, num_classes: int) -> float:

@@ -226,12 +226,12 @@ def comparison_markdown(report: Mapping[str, Any], plots: Sequence[Path]) -> str
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def training_markdown(report: Mapping[str, Any], curves: Path) -> str:
+def training_markdown(report: Mapping[str, Any], curves: Path | None) -> str:
     """``report.md`` of a single training.
 
     Args:
         report: Contents of ``report.json``.
-        curves: The picture of its course, in the same folder.
+        curves: The picture of its course, in the same folder; None without a course.
     """
     result = report["result"]
     rows = [
@@ -242,7 +242,8 @@ def training_markdown(report: Mapping[str, Any], curves: Path) -> str:
     if colour is not None:
         rows.append(["mean-colour classifier", f"{colour:.1%}"])
     training = report["training"]
-    breaks = report["course"]["breaks"]
+    course = report.get("course")
+    breaks = [] if course is None else course["breaks"]
     since = f" from step {breaks[-1]['step']} on" if breaks else ""
     parts = [
         f"# Training {report['name']}",
@@ -255,8 +256,10 @@ def training_markdown(report: Mapping[str, Any], curves: Path) -> str:
         if colour is None
         else "The mean-colour classifier sees only each clip's mean colour: where it does well, "
         "the accuracy above checks the pipeline and is no evidence for the blocks.",
-        f"![Loss, accuracy, learning rate, time and memory by step]({curves.name})",
-        _course(report["course"]),
+        f"![Loss, accuracy, learning rate, time and memory by step]({curves.name})"
+        if curves
+        else "",
+        "" if course is None else _course(course),
         _problems(report),
         _origin(report),
     ]

@@ -6,7 +6,6 @@ had never been interrupted.
 """
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ from .log import RunLog
 from .log_extras import open_extras
 from .optimisers import make_optimiser
 from .schedules import Schedule
-from .sharding import ShardedSampler, test_order
+from .sharding import ShardedSampler, test_order, warn_of_another_order
 from .stopping import Stopped, StopSignals
 from .updates import Updater
 
@@ -90,6 +89,8 @@ class Session:
         self.step = 0
         self.losses: list[float] = []
         self.train_s = 0.0
+        # What checkpoints say of the schedule: it has not been told the test of its last step.
+        self._told: tuple[int, dict[str, Any]] = -1, {}
         torch.manual_seed(processes.seed(seed))
 
     def resume(self, content: Mapping[str, Any]) -> None:
@@ -128,7 +129,7 @@ class Session:
             self._schedule.load_state_dict(content["schedule"])
         if content["updates"] is not None:
             updater.load_state_dict(content["updates"])
-        _warn_of_another_order(content["position"], self._position())
+        warn_of_another_order(content["position"], self._position())
         # Of processes that are new there is no state: they draw from their seeds.
         if self._processes.rank < len(content["rng"]):
             checkpoint.restore_rng(content["rng"][self._processes.rank])
@@ -239,7 +240,9 @@ class Session:
         rng = self._processes.gather(checkpoint.rng_state())
         if not self._processes.first:
             return
-        average = self.average
+        average, (told_at, schedule) = self.average, self._told
+        if told_at != self.step:
+            schedule = self._schedule.state_dict()
         checkpoint.save(
             self._path,
             model=self.updater.model,
@@ -249,7 +252,7 @@ class Session:
             more={
                 "average": None if average is None else average.state_dict(),
                 "position": self._position(),
-                "schedule": self._schedule.state_dict(),
+                "schedule": schedule,
                 "updates": self.updater.state_dict(),
                 "rng": rng,
                 "losses": self.losses[-checkpoint.LOSSES :],
@@ -259,6 +262,7 @@ class Session:
 
     def _test_on_the_way(self) -> None:
         test = self._test()
+        self._told = self.step, self._schedule.state_dict()
         self._schedule.tested(test.loss)
         if self._log is not None:
             self._log.say(
@@ -317,14 +321,20 @@ class Session:
         return Batches(self._data.train, ShardedSampler(order, self._processes), self._config)
 
     def _interruptible(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Batches between which, and while waiting for which, a signal ends the run."""
-        iterator = iter(batches)
-        while True:
-            with self._stop.waiting():
-                batch = next(iterator, None)
-            if batch is None:
-                return
-            yield batch
+        """Batches between which a signal to any process ends the run in all of them.
+
+        One process on its own does not wait for the next batch either.
+        """
+        iterator, alone = iter(batches), self._processes.count == 1
+        # Those with fewer batches than others listen as often.
+        for number in range(max(self._processes.gather(len(batches)))):
+            (asked,) = self._processes.means(self._stop.asked)
+            if asked > 0:
+                raise Stopped
+            if number < len(batches):
+                with self._stop.waiting(at_once=alone):
+                    batch = next(iterator)
+                yield batch
 
     @property
     def tested_model(self) -> nn.Module:
@@ -375,20 +385,3 @@ def due(step: int, every: int | None, unit: str, *, batch: int, clips: int) -> b
         return step % every == 0
     # A pass ends within this step or with it.
     return step * batch // (every * clips) > (step - 1) * batch // (every * clips)
-
-
-def _warn_of_another_order(saved: Mapping[str, int] | None, own: Mapping[str, int]) -> None:
-    """The order of clips is a function of these; with others it goes on elsewhere in the data."""
-    if saved is None:
-        return
-    changed = [
-        f"{key} {saved[key]} -> {own[key]}"
-        for key in ("clips", "batch", "seed")
-        if saved[key] != own[key]
-    ]
-    if changed:
-        warnings.warn(
-            f"run: the clips come in another order than before the break ({', '.join(changed)})",
-            UserWarning,
-            stacklevel=3,
-        )

@@ -1,6 +1,7 @@
 """Which clips a process reads: its part of every batch, and whole videos of the test."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 
 from torch.utils.data import Sampler
 
@@ -71,4 +72,27 @@ def check_batch(batch: int, accumulate: int, processes: Processes) -> None:
         raise ValueError(
             f"run: expected optim.batch to be a multiple of {parts} (processes x "
             f"optim.accumulate), got {batch}; set for example optim.batch={larger}"
+        )
+
+
+def warn_of_another_order(saved: Mapping[str, int] | None, own: Mapping[str, int]) -> None:
+    """Warn where a resumed training takes other clips than it would have taken.
+
+    Args:
+        saved: Position in the data of the checkpoint, if it has one; the order of clips is a
+            function of these numbers.
+        own: The same of this training.
+    """
+    if saved is None:
+        return
+    changed = [
+        f"{key} {saved[key]} -> {own[key]}"
+        for key in ("clips", "batch", "seed")
+        if saved[key] != own[key]
+    ]
+    if changed:
+        warnings.warn(
+            f"run: the clips come in another order than before the break ({', '.join(changed)})",
+            UserWarning,
+            stacklevel=3,
         )

@@ -98,9 +98,12 @@ def _train(config: Config, command: str, processes: Processes) -> Path:
         "train_s": round(run.train_s, 1),
         "mean_colour_accuracy": colour,
     }
-    history = read_history(out / "model.jsonl")
-    report["course"] = section(history)
-    curves = draw_training(history, out / "curves.png", title=f"{config.model.name}, {out.name}")
+    history, curves = read_history(out / "model.jsonl"), None
+    # None of a finished training that was tested again when its log was gone.
+    if len(history) > 0:
+        report["course"] = section(history)
+        title = f"{config.model.name}, {out.name}"
+        curves = draw_training(history, out / "curves.png", title=title)
     reports.write_json(report, out / "report.json")
     text = reports.training_markdown(report, curves)
     return reports.write_markdown(text, out / "report.md")

@@ -6,6 +6,7 @@ from torch import nn
 
 from nlkernels.training.averages import moving_average, set_precise_norms
 from nlkernels.training.config_optim import OptimConfig
+from nlkernels.training.stopping import Stopped
 
 CPU = torch.device("cpu")
 
@@ -58,6 +59,20 @@ def test_precise_statistics_leave_everything_else_alone(momentum):
     assert network[1].momentum == momentum
     changed = {n for n, v in network.state_dict().items() if not torch.equal(v, before[n])}
     assert changed == {"1.running_mean", "1.running_var"}
+
+
+def test_batches_that_end_early_leave_the_statistics_alone():
+    network = model()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+
+    def interrupted():
+        yield batches(1)[0]
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        set_precise_norms(network, interrupted(), OptimConfig(), device=CPU)
+    assert network[1].momentum == 0.1
+    assert all(torch.equal(v, before[n]) for n, v in network.state_dict().items())
 
 
 def test_norms_at_rest_keep_their_statistics():

@@ -107,8 +107,8 @@ ERRORS = {
         "lr_batch, momentum, dampening, nesterov, weight_decay, decay, fc_lr5, schedule, unit, "
         "milestones, gamma, lengths, rates, patience, cosine_from, cosine_every, cosine_period, "
         "warmup, warmup_start, warmup_form, warmup_every, warmup_to, steps, epochs, batch, "
-        "accumulate, clip_norm, precision, max_skips, ema, norms, sync_norms, precise_norms, freeze, "
-        "only_nonlocal, ft_begin_index",
+        "accumulate, clip_norm, precision, max_skips, ema, norms, sync_norms, precise_norms, "
+        "freeze, only_nonlocal, ft_begin_index",
     ),
     "float-for-int": (
         ["optim.steps=1.5"],

@@ -7,13 +7,14 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
 from nlkernels.cli import main
-from nlkernels.training import checkpoint
+from nlkernels.training import checkpoint, distributed
 from nlkernels.training.config import Config, DataConfig, OptimConfig
 from nlkernels.training.data.synthetic import write_synthetic
 from nlkernels.training.distributed import ALONE, Processes, choose_device
@@ -139,6 +140,24 @@ if __name__ == "__main__":
 """
 
 
+IN_A_TEST = """
+import os, signal, sys
+from nlkernels.cli import main
+from nlkernels.training import session
+
+usual = session.{place}
+
+def hit(*args, **options):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return usual(*args, **options)
+
+if __name__ == "__main__":
+    session.{place} = hit
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.gate
 def test_a_signal_to_one_process_stops_all_behind_the_same_step(generated, tmp_path):
     driver = tmp_path / "driver.py"
@@ -150,6 +169,22 @@ def test_a_signal_to_one_process_stops_all_behind_the_same_step(generated, tmp_p
     assert result.stdout.count("stopped and saved at step 6 of 1000") == 1
     assert len(checkpoint.load(tmp_path / "model.pt")["rng"]) == 2
     assert not left_over(driver)
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("more", [[], ["optim.precise_norms=2"]], ids=["test", "precise-norms"])
+def test_a_signal_to_one_process_in_a_test_stops_all(generated, tmp_path, more):
+    driver = tmp_path / "driver.py"
+    place = "set_precise_norms" if more else "evaluate"
+    driver.write_text(IN_A_TEST.format(place=place))
+    argv = ["smoke", f"data.root={generated}", *FILES, "optim.steps=6", "run.test_every=2", *more]
+    environment = {"PYTHONPATH": str(ROOT)}
+    result = torchrun(
+        [*argv, f"run.out={tmp_path}"], module=(str(driver),), environment=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("stopped and saved at step 2 of 6") == 1
+    assert len(checkpoint.load(tmp_path / "model.pt")["rng"]) == 2
 
 
 @pytest.mark.gate
@@ -239,6 +274,21 @@ def test_a_batch_that_cannot_be_shared():
 def test_seeds_of_processes_differ():
     assert Processes(0, 4).seed(7) == 7
     assert len({Processes(rank, 64).seed(7) for rank in range(64)}) == 64
+
+
+def test_processes_wait_while_the_first_decodes_a_whole_folder(monkeypatch):
+    # torch's own half an hour is less than a large one takes.
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    store, taken = torch.distributed.HashStore(), {}
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_: iter([(store, 0, 2)]))
+    monkeypatch.setattr(
+        distributed.distributed, "init_process_group", lambda *_, **options: taken.update(options)
+    )
+    monkeypatch.setattr(distributed.distributed, "destroy_process_group", lambda: None)
+    with distributed.joined("cpu") as processes:
+        assert processes == Processes(0, 2)
+    assert taken["timeout"] >= timedelta(days=1)
 
 
 def test_a_comparison_is_for_one_process(tmp_path, monkeypatch, capsys):

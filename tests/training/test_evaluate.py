@@ -17,6 +17,7 @@ from nlkernels.training.evaluate import evaluate
 from nlkernels.training.loading import load_data
 from nlkernels.training.scores import read_scores
 from nlkernels.training.testing import run_test as run
+from nlkernels.training.updates import NonFiniteError
 
 CPU = torch.device("cpu")
 
@@ -59,6 +60,12 @@ def test_means_of_probabilities_and_of_logits_decide_differently():
     sure = {"video_of": lambda number: 0, "device": CPU}
     assert evaluate(Given(), views, average="logits", **sure).accuracy == 1
     assert evaluate(Given(), views, average="probabilities", **sure).accuracy == 0
+
+
+def test_scores_that_are_not_finite_are_no_accuracy():
+    views = batches([math.nan, 0.0], [1.0, 0.0])
+    with pytest.raises(NonFiniteError, match=r"finite scores of the test, got a loss of nan"):
+        evaluate(Given(), views, video_of=int, average="logits", device=CPU)
 
 
 def test_the_models_own_probabilities_are_taken():

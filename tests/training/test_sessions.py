@@ -141,6 +141,10 @@ def test_a_finished_run_is_tested_again_by_auto(generated, tmp_path, capsys):
     again = json.loads((tmp_path / "report.json").read_text())
     for name in ("accuracy", "test_loss", "train_loss"):
         assert report["result"][name] == again["result"][name]
+    # Nothing but the checkpoint is needed.
+    os.remove(tmp_path / "model.jsonl")
+    assert main([*argv, "run.resume=auto"]) == 0
+    assert "course" not in json.loads((tmp_path / "report.json").read_text())
     # A new run never goes on from what it finds.
     assert main(argv) == 0
     assert checkpoint.load(tmp_path / "before-model.pt")["step"] == 4
@@ -334,6 +338,28 @@ def test_a_signal_saves_and_exits_with_0(generated, tmp_path, number, workers):
     argv[-2] = f"optim.steps={step + 2}"
     assert main(["train", "smoke", *argv, f"run.out={tmp_path}", "run.resume=auto"]) == 0
     assert [e["step"] for e in events(tmp_path / "model.jsonl")] == list(range(1, step + 3))
+
+
+def test_a_signal_behind_a_test_leaves_its_plateau_to_the_repeated_one(
+    generated, tmp_path, monkeypatch
+):
+    argv = ["train", "smoke", f"data.root={generated}", *FILES, "optim.steps=6", "optim.lr=0"]
+    # No test is better than the first: each but that lowers the rate.
+    argv += [*SETTINGS["plateau"], "optim.norms=running", f"run.out={tmp_path}"]
+    tested = session.Session._test_on_the_way
+
+    def interrupted(self):
+        tested(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.Session, "_test_on_the_way", interrupted)
+        with pytest.raises(SystemExit):
+            main(argv)
+    assert checkpoint.load(tmp_path / "model.pt")["step"] == 2
+    assert main([*argv, "run.resume=auto"]) == 0
+    assert [event["step"] for event in events(tmp_path / "model.jsonl", "test")] == [2, 4, 6]
+    assert checkpoint.load(tmp_path / "model.pt")["schedule"]["reductions"] == 1
 
 
 def test_a_signal_during_a_test_is_obeyed_at_once(generated, tmp_path, monkeypatch):

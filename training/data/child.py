@@ -68,6 +68,8 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             pass_fds=(self._file,),
+            # Ctrl-C and torchrun signal whole groups: the clips of the last step are still decoded.
+            process_group=0,
             env={**_ALLOCATOR, **os.environ, "PYTHONPATH": path},
         )
         self.answers = self._process.stdout
@@ -89,7 +91,12 @@ class Child:
         Raises:
             ImportError: The reader cannot be loaded.
         """
-        line = self.answers.readline()
+        try:
+            line = self.answers.readline()
+        except BaseException:
+            # Ctrl-C: what comes yet must not be taken for the answer to the next request.
+            self.has_ended = True
+            raise
         if line.endswith(b"\n"):
             answer = json.loads(line)
             self._is_ready = True

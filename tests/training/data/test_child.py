@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+import types
 from contextlib import closing
 from pathlib import Path
 
@@ -80,9 +81,24 @@ def test_one_child_serves_all_videos_and_none_is_left(fake):
     before = children()
     for name in ("a", "b", "c"):
         ChildReader.open(name, reader=fake).frames([0])
-    assert len(children() - before) == 1
+    (child,) = map(int, children() - before)
+    # What a terminal or torchrun sends to the whole group is not for it.
+    assert os.getpgid(child) == child
     ChildReader.stop_children()
     assert children() == before
+
+
+def test_an_interrupted_request_is_not_answered_later(fake):
+    video = ChildReader.open("a", reader=fake)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    (child,) = [one for key, one in ChildReader._children.items() if key[0] == os.getpid()]
+    child.answers = types.SimpleNamespace(readline=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        video.frames([1])
+    assert ChildReader.open("talk-b", reader=fake).frames([0])[0, 0, 0, 0] == ord("b")
 
 
 def alive(word):
