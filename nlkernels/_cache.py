@@ -125,7 +125,7 @@ def package_hash(folder: str = ".") -> str:
     """Hash of sources: a changed kernel is verified and measured again.
 
     Python's in a folder, and what lies beside it: the folders of the operations share kernels. Of
-    the whole package also CUDA's.
+    the whole package also CUDA's, and the flags they are compiled with.
     """
     digest, inside = hashlib.sha256(), _paths.PACKAGE / folder
     whole = inside == _paths.PACKAGE
@@ -139,7 +139,8 @@ def package_hash(folder: str = ".") -> str:
 def _cuda_sources() -> list[Path]:
     folders = (_paths.PACKAGE / "csrc", _paths.PACKAGE.parent / "csrc")
     found = (path for folder in folders for path in folder.rglob("cuda/**/*"))
-    return [path for path in found if path.suffix in (".h", ".cuh", ".cu")]
+    sources = [path for path in found if path.suffix in (".h", ".cuh", ".cu")]
+    return sources + [path for folder in folders for path in folder.glob("sources.json")]
 
 
 def _empty() -> Section:

@@ -7,6 +7,7 @@ addresses, sizes, int64 strides and a stream; nothing here is imported before it
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -64,6 +65,15 @@ class _Cuda(Extension):
         sources = self._sources()
         isas = (self._isa(asked, sources),)
         return _build_cuda.recipe(sources, isas, _env.cuda_homes(), _env.compiler())
+
+    def _import(self, path: Path) -> ModuleType:
+        module = super()._import(path)
+        made, served = module.runtime_version() // 1000, _build_cuda.driver()
+        if 0 < served[0] < made:
+            raise ImportError(
+                f"it is of CUDA {made}, the driver serves CUDA {served[0]}.{served[1]}"
+            )
+        return module
 
     def _check(self, recipe: Any) -> None:
         super()._check(recipe)

@@ -306,7 +306,7 @@ def _standing(op: str, backend: str, problem: Any) -> str:
     if problem.device not in _device.MEASURED:
         return ""
     if not _trust.is_right(op, backend, problem):
-        return "; serves this problem; unverified on this GPU: nlk verify"
+        return f"; serves this problem; unverified on this GPU: nlk verify --backend {backend}"
     row = measured(op, problem, "forward")
     if row is None or not row["configs"]:
         return "; configurations: shipped defaults, not measured here (nlkernels.warmup)"

@@ -6,11 +6,12 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nlkernels import _build, _build_cuda, _cuda, _env, _launch, _paths
+from nlkernels import _build, _build_cuda, _cuda, _env, _ext, _launch, _paths
 from nlkernels._build import BuildError
 from nlkernels._ext import ExtensionError
 from nlkernels._spec import Problem
@@ -88,6 +89,18 @@ def test_a_driver_older_than_the_toolkit(tmp_path, monkeypatch):
     for served in ((13, 1), (14, 0), (0, 0)):
         monkeypatch.setattr(_build_cuda, "driver", lambda served=served: served)
         assert _module().missing("90") == ""
+
+
+def test_a_module_of_a_newer_cuda_than_the_drivers_is_not_used(tmp_path, monkeypatch):
+    """It would load, and fail at every launch."""
+    found = SimpleNamespace(runtime_version=lambda: 13000)
+    monkeypatch.setattr(_ext.Extension, "_import", lambda self, path: found)
+    monkeypatch.setattr(_build_cuda, "driver", lambda: (12, 8))
+    with pytest.raises(ImportError, match=r"of CUDA 13, the driver serves CUDA 12\.8"):
+        _module()._import(tmp_path)
+    for served in ((13, 0), (14, 1), (0, 0)):
+        monkeypatch.setattr(_build_cuda, "driver", lambda served=served: served)
+        assert _module()._import(tmp_path) is found
 
 
 def test_gpus_that_no_kernel_is_written_for():

@@ -183,11 +183,13 @@ def test_results_of_other_sources_and_devices_are_not_looked_at(cache, monkeypat
 def test_package_hash_follows_the_sources(tmp_path, monkeypatch):
     monkeypatch.setattr(_paths, "PACKAGE", tmp_path)
     seen = set()
-    for content in ("a = 1", "a = 2"):
-        (tmp_path / "a.py").write_text(content)
-        _cache.forget()
-        seen.add(_cache.package_hash())
-    assert len(seen) == 2
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    for file in ("a.py", "csrc/cuda/a.cu", "csrc/sources.json"):
+        for content in ("a = 1", "a = 2"):
+            (tmp_path / file).write_text(content)
+            _cache.forget()
+            seen.add(_cache.package_hash())
+    assert len(seen) == 6
 
 
 def test_hash_of_an_operation_follows_what_the_operations_share(tmp_path, monkeypatch):

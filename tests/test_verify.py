@@ -93,7 +93,7 @@ def test_a_wrong_kernel_switches_itself_off(name, expected, install, monkeypatch
 def test_a_right_kernel_is_taken_after_one_verification(install, monkeypatch):
     install(fake_backend.right)
     passes = judged(monkeypatch)
-    assert "unverified on this GPU: nlk verify" in _standing("chunked")
+    assert "unverified on this GPU: nlk verify --backend triton" in _standing("chunked")
     for _ in range(2):
         assert _select.choose("fake", SMALL, direction="training") == "triton"
     assert passes == ["forward", "backward"]

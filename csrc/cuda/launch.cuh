@@ -35,6 +35,8 @@ class OnDevice {
 template <typename... Parameters, typename... Arguments>
 Error launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int shared,
              const Launch& where, Arguments... arguments) {
+  // What an earlier call left behind is none of this launch's errors.
+  static_cast<void>(cudaGetLastError());
   const OnDevice device(where.device);
   cudaError_t error = device.error();
   if (error == cudaSuccess && shared > 48 * 1024)

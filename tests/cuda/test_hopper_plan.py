@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nlkernels._spec import Problem
-from nlkernels.ops.softmax import cuda_hopper, cuda_hopper_plan
+from nlkernels.ops.softmax import cuda_hopper, cuda_hopper_plan, suite
 from nlkernels.ops.softmax.cuda_hopper_plan import SHARED_LIMIT
 
 HEADS = ((256, 256), (512, 256), (512, 512), (1024, 512), (1024, 256), (64, 136), (256, 512))
@@ -47,6 +47,19 @@ def test_published_heads_fill_shared_memory_as_designed():
         (1024, 512): (9, 1),
     }
     assert [plan.streamed for plan in plans.values()] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("head", HEADS[:4], ids=str)
+def test_verification_runs_every_default_plan(head):
+    large = suite.large(head)
+    exact = [t for t in (*large, *suite.trials(head)) if (t.depth, t.value_depth) == head]
+    read = [t for t in exact if not (t.channel_first and (t.queries % 8 or t.keys % 8))]
+    ran = {cuda_hopper_plan.plan(_problem(t.keys, *head), t.channel_first) for t in read}
+    for keys in range(1, 1000):
+        for channel_first in (False, True):
+            assert cuda_hopper_plan.plan(_problem(keys, *head), channel_first) in ran
+    # Of 132 blocks some take a second tile of queries, without which a barrier's phases never turn.
+    assert any(t.batch * -(-t.queries // 128) > 132 for t in large)
 
 
 @pytest.mark.parametrize(

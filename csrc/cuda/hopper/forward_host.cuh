@@ -47,8 +47,11 @@ Error run_forward(void (*kernel)(TensorMap, TensorMap, TensorMap, ForwardParamet
                   const HopperForward& a, const Launch& where) {
   const SharedPlan shared = shared_plan(a.plan, a.depth);
   if (shared.bytes() > kSharedLimit) return cudaErrorInvalidValue;
+  // Of the maps too: a thread that has not used the device yet has no context to make them in.
+  const OnDevice device(where.device);
   TensorMap query, key, value;
-  Error error = operand_map(query, a, a.query, a.queries, a.depth, 64);
+  Error error = device.error();
+  if (error == cudaSuccess) error = operand_map(query, a, a.query, a.queries, a.depth, 64);
   if (error == cudaSuccess) error = operand_map(key, a, a.key, a.keys, a.depth, Form::kKeys);
   if (error == cudaSuccess)
     error = operand_map(value, a, a.value, a.keys, a.value_depth, Form::kKeys);

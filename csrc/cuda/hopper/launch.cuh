@@ -11,6 +11,8 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/launch.cuh"
+
 namespace nlk::cuda::hopper {
 
 // cuTensorMapEncodeTiled, asked of the driver that is loaded: nothing links against libcuda.
@@ -49,13 +51,12 @@ inline Error make_map(TensorMap& map, bool bfloat, void* data, const std::int64_
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// As launch() of cuda/launch.cuh, for clusters of blocks.
+// As launch() of cuda/launch.cuh, for clusters of blocks, on the current device.
 template <typename... Parameters, typename... Arguments>
 Error launch_clusters(void (*kernel)(Parameters...), int blocks, int cluster, int threads, int shared,
                       const Launch& where, const Arguments&... arguments) {
-  cudaError_t error = cudaSetDevice(where.device);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;

@@ -12,6 +12,11 @@ constexpr int cudaSuccess = 0, cudaErrorInvalidValue = 1;
 
 namespace nlk::cuda::hopper {
 
+struct OnDevice {
+  explicit OnDevice(int) {}
+  Error error() const { return cudaSuccess; }
+};
+
 // What the copy engine asks of a tensor is checked as cuTensorMapEncodeTiled does.
 inline Error make_map(TensorMap& map, bool, void* data, const std::int64_t (&sizes)[3],
                       const std::int64_t (&strides)[3], int lines) {
