@@ -215,21 +215,16 @@ def _fits(
         return True
     if device.type == "cpu":
         free /= processes.count
-    try:
-        fitting = fit(session, drawn.first[0], config, free=free)
-    except ValueError as error:
-        # Norms have no statistics of one clip whose last map is one place: such clips are small.
-        if "more than 1 value per channel" not in str(error):
-            raise
-        return True
+    fitting = fit(session, drawn.first[0], config, free=free)
     if fitting.batch is None or part <= fitting.batch:
         return True
     found.memory_mib = fitting.fixed_mib + part * fitting.clip_mib
     parts = [n for n in range(1, clips + 1) if clips % n == 0 and clips // n <= fitting.batch]
+    few = " and ".join(map(str, fitting.peaks_mib))
     remedy = f"set optim.accumulate={parts[0]}" if parts else "take smaller clips"
     found.problems.append(
         f"memory: expected steps of {part} clips to fit into the {free:,.0f} MiB that are free, "
-        f"got about {found.memory_mib:,.0f} MiB, reckoned from 1 and 2 clips; {remedy}"
+        f"got about {found.memory_mib:,.0f} MiB, reckoned from {few} clips; {remedy}"
     )
     return False
 

@@ -29,6 +29,9 @@ DRAWING_S = 60.0
 # Bytes of a step in the log, and at most of a checkpoint beside its tensors.
 _LOG_BYTES, _CHECKPOINT_BYTES = 400, 2**20
 
+# What torch's norms, blocks and gates say of a single number to take statistics of.
+_ALONE = ("more than 1 value per channel", "more than one item", "more than one position")
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -192,16 +195,31 @@ def disk(config: Config, session: Session, own: Plan) -> Disk:
 
 
 def fit(session: Session, batch: Batch, config: Config, *, free: float) -> BatchFit:
-    """Which part of a step fits into free memory, from steps of one and two clips of a copy.
+    """Which part of a step fits into free memory, from steps of a copy with few clips.
 
     Nothing of the session changes, random numbers included.
 
     Args:
         session: Its model is copied.
-        batch: Of two clips or more.
+        batch: Of three clips or more.
         config: Section ``optim``.
         free: MiB that are free.
     """
+    try:
+        peaks = _peaks(session, batch, config, (1, 2))
+    except ValueError as error:
+        # Norms that train have no statistics of one clip whose last map is one place.
+        if not any(words in str(error) for words in _ALONE):
+            raise
+        peaks = _peaks(session, batch, config, (2, 3))
+    held = held_mib(session)
+    return largest_batch(peaks, state_mib=held, gib=(free + held) / 1024)
+
+
+def _peaks(
+    session: Session, batch: Batch, config: Config, counts: tuple[int, ...]
+) -> dict[int, float]:
+    """MiB of steps of so many of a batch's clips, each by the same copy."""
     device = session.updater.device
     optim = dataclasses.replace(config.optim, accumulate=1)
     peaks = {}
@@ -209,7 +227,7 @@ def fit(session: Session, batch: Batch, config: Config, *, free: float) -> Batch
         model = copy.deepcopy(session.updater.model)
         train_mode(model, optim)
         updater = Updater(model, make_optimiser(model, optim), optim, device)
-        for count in (1, 2):
+        for count in counts:
             clips, labels, numbers = (part[:count] for part in batch)
             with PeakMemory(device) as peak:
                 updater.step(
@@ -218,5 +236,4 @@ def fit(session: Session, batch: Batch, config: Config, *, free: float) -> Batch
             updater.optimiser.zero_grad(set_to_none=True)
             own = (clips, labels, numbers)
             peaks[count] = needed_mib(peak) + batch_mib(own, device)
-    held = held_mib(session)
-    return largest_batch(peaks, state_mib=held, gib=(free + held) / 1024)
+    return peaks

@@ -168,3 +168,12 @@ def test_published_configurations(name, tmp_path, capsys):
     assert not out.exists()
     assert "4 videos, 4 clips, 2 of 2 classes (2 videos each); opened all of them, 0" in text
     assert "whole training: " in text
+
+
+@pytest.mark.gate
+@pytest.mark.usefixtures("one_thread")
+def test_a_gate_whose_norm_trains_never_sees_one_clip(tmp_path, capsys):
+    name = "rnl_tsm_r50_k400_8f_100e"
+    argv = [*miniature.in_small(load_config(name), tmp_path), "optim.batch=4", "optim.accumulate=1"]
+    argv += ["optim.sync_norms=false", f"run.out={tmp_path / 'out'}"]
+    assert main(["train", name, *argv, "--dry-run"]) == 0, capsys.readouterr()
