@@ -156,7 +156,7 @@ def test_a_small_network_tells_held_out_parts_of_real_videos_apart(tmp_path, sha
     colour = result["mean_colour_accuracy"]
     printed = capsys.readouterr().out
     assert f"mean-colour classifier: {colour:.1%}" in printed
-    assert "4 training and 12 test clips" in printed
+    assert "4 training and 36 test clips" in printed
     assert report["data"]["protocol"].endswith("of the last 30% of each video, in 3 parts")
     with capsys.disabled():
         print(f"\n{result['accuracy']:.1%} (mean colour {colour:.1%}) in {seconds:.0f} s")
