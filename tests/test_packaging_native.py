@@ -63,7 +63,8 @@ def _probe(environment: Environment, folder: Path, order: str = "torch first") -
 def toy_source(tmp_path_factory) -> Path:
     """A copy of the checkout with native code that compiles in a second."""
     copy = tmp_path_factory.mktemp("toy_source") / "nlkernels"
-    kept = ("nlkernels", "models", "training", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+    folders = ("nlkernels", "models", "training", "benchmarks")
+    kept = (*folders, "setup.py", "pyproject.toml", "README.md", "LICENSE")
     ignored = shutil.ignore_patterns("__pycache__", "*.so")
     copy.mkdir()
     for name in kept:
