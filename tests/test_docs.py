@@ -117,7 +117,7 @@ def test_pictures_are_those_that_the_script_draws():
 
 @pytest.mark.gate
 def test_pictures_can_be_drawn(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs pip install 'nlkernels[train]'")
     namespace = runpy.run_path(str(DOCS / "pictures.py"), run_name="pictures")
     namespace["main"].__globals__["FOLDER"] = tmp_path
     namespace["main"]()

@@ -35,7 +35,7 @@ def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
 
 
 def test_an_operation_at_any_shape(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs pip install 'nlkernels[train]'")
     png = tmp_path / "run.png"
     options = ("--backward", "--providers", "naive,chunked,auto", "--png", str(png))
     code, found = run(tmp_path, "softmax", *SMALL, *options)

@@ -11,43 +11,26 @@ from nlkernels.ops.gate import op, suite
 from nlkernels.ops.gate import triton as kernels
 from nlkernels.ops.gate.problem import WIDEST, GateProblem, frames_of
 from tests.helpers import DEVICE
-from tests.ops.test_gate import NAMES, PLACES, assert_right, moved, results, run, tensors
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# One, two and three axes of positions, one position, channels that leave tails and that do not.
-CASES = [
-    ((2, 17, 3, 7, 3), "fp32"),
-    ((2, 40, 2, 9, 14), "bf16"),
-    ((3, 8, 1, 1, 1), "fp16"),
-    ((2, 64, 3, 5), "bf16"),
-    ((4, 5, 65), "fp16"),
-    ((1, 520, 2, 3, 3), "fp32"),
-]
+from tests.ops import gate
+from tests.ops.gate import DTYPES, direct, layouts, operands
+from tests.ops.test_gate import NAMES, PLACES, assert_right, run
 
 dtypes = pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=list(DTYPES))
-layouts = pytest.mark.parametrize("layout", suite.LAYOUTS)
-
-
-def operands(shape, dtype=torch.float32, layout="ncdhw", mean=0.0):
-    return tensors(shape, dtype, layout, DEVICE, mean)
-
-
-def direct(x, weight, grad):
-    """Results of the module itself, without dispatch."""
-    out = kernels.forward(x, weight)
-    return dict(zip(NAMES, (out, *kernels.backward(grad, x, weight, out)), strict=True))
 
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("mean", [0.0, 4.0])
 @pytest.mark.parametrize(
     ("shape", "dtype", "layout"),
-    [(*case, each) for case in CASES for each in suite.LAYOUTS[: 3 if len(case[0]) > 4 else 1]],
+    [
+        (*case, each)
+        for case in gate.CASES
+        for each in suite.LAYOUTS[: 3 if len(case[0]) > 4 else 1]
+    ],
     ids=str,
 )
 def test_not_worse_than_pytorch(shape, dtype, layout, mean):
-    given = operands(shape, DTYPES[dtype], layout, mean)
-    assert assert_right(run("triton"), given)["d_x"].stride() == given[0].stride()
+    gate.check_case("triton", shape, dtype, layout, mean)
 
 
 @pytest.mark.usefixtures("poison")
@@ -82,24 +65,20 @@ def test_more_splits_than_are_added_at_once(monkeypatch):
 
 @pytest.mark.parametrize("how", PLACES)
 def test_strides_do_not_matter_and_nothing_outside_is_read(how):
-    x, weight, grad = operands((2, 5, 2, 3, 4), torch.bfloat16)
-    weight, grad = (torch.stack((t, t), -1)[..., 0] for t in (weight, grad))
-    assert_right(run("triton"), [moved(x, how), weight, grad])
+    gate.check_strides("triton", how)
 
 
 def test_expanded_operands():
-    x, weight, grad = operands((1, 4, 2, 3, 3))
-    x = x[..., :1].expand(2, -1, -1, -1, 3)
-    assert_right(run("triton"), [x, weight[:1].expand(4), grad.sum().expand(2, 4)])
+    gate.check_expanded("triton")
 
 
 @pytest.mark.parametrize("layout", ["ncdhw", "frames"])
 def test_64_bit_offsets_and_repeats_change_no_bit(layout):
     given = operands((2, 9, 2, 5, 3), torch.bfloat16, layout)
-    narrow = direct(*given)
+    narrow = direct(kernels, *given)
     for wide in (True, False):
         with _launch.pretend(wide=wide):
-            again = direct(*given)
+            again = direct(kernels, *given)
         assert all(torch.equal(again[name], narrow[name]) for name in NAMES)
 
 
@@ -113,46 +92,21 @@ def test_positions_beyond_32_bits_are_read_with_64_bit_offsets():
 
 
 def test_empty_batch_gives_empty_results():
-    got = results(run("triton"), *operands((0, 3, 2, 4, 4)))
-    assert got["out"].shape == (0, 3) and got["d_x"].shape == (0, 3, 2, 4, 4)
-    assert got["d_weight"].shape == (3,) and not got["d_weight"].any()
+    gate.check_empty("triton")
 
 
 @pytest.mark.usefixtures("poison")
 def test_extreme_values_stay_finite():
-    x, weight, grad = operands((4, 16, 2, 3, 7))
-    x[0] *= 1e4  # huge logits
-    x[1] = 3.0  # all positions alike
-    x[2, :, 1, 2, 3] = 60 * weight.sign()  # one position wins
-    x[3] *= 1e-6  # all shares alike
-    got = results(run("triton"), x, weight, grad)
-    assert all(t.isfinite().all() for t in got.values())
-    assert_right(run("triton"), [x[1:], weight, grad[1:]])
+    gate.check_extremes("triton")
 
 
 def test_sums_of_the_largest_numbers_stay_finite():
-    x, weight, grad = operands((1, 4, 5, 10, 20))
-    x = x.sign() * 1e36
-    got = results(run("triton"), x, weight * 0, grad)
-    truth = results(run("reference"), *(t.double() for t in (x, weight * 0, grad)))
-    # The weight's gradient is beyond float32; in out, numbers of both signs cancel.
-    for name, largest in (("out", 1e36), ("d_x", truth["d_x"].abs().max())):
-        error = (got[name].double() - truth[name]).abs().max()
-        assert error <= 2 * torch.finfo(x.dtype).eps * largest
+    gate.check_largest("triton")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_number_touches_its_item_only(value):
-    x, weight, grad = operands((3, 4, 2, 3, 5))
-    weight[2] = abs(weight[2])
-    clean = direct(x, weight, grad)
-    x[1, 2, 1, 2, 2] = value
-    dirty = direct(x, weight, grad)
-    truth = results(run("reference"), x.double(), weight.double(), grad.double())
-    assert torch.equal(dirty["out"].isnan(), truth["out"].isnan())
-    for item in (0, 2):
-        assert torch.equal(dirty["out"][item], clean["out"][item])
-        assert torch.equal(dirty["d_x"][item], clean["d_x"][item])
+    gate.check_bad_number(kernels, value)
 
 
 def test_gradients_of_gradients_are_the_definitions():
