@@ -8,7 +8,6 @@ network without blocks; `--blocks-only` measures one block beside those of other
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -178,7 +177,7 @@ def _open(
     ending = "-blocks" if options.blocks_only else "-models"
     path = options.out or results.default_path(environment["slug"], ending)
     header = {
-        "command": shlex.join(["python", "-m", "benchmarks.bench_models", *given]),
+        "command": results.command_line("benchmarks.bench_models", given),
         "environment": environment,
         "tests": tests,
         "settings": {

@@ -8,7 +8,6 @@ pytest-benchmark.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -107,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     environment = results.environment(device, options.commit)
     out = results.default_path(environment["slug"]) if options.out is None else options.out
     header = {
-        "command": shlex.join(["python", "-m", "benchmarks.bench_ops", *given]),
+        "command": results.command_line("benchmarks.bench_ops", given),
         "environment": environment,
         "tests": tests,
         "settings": {

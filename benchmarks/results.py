@@ -208,6 +208,17 @@ def _output(command: list[str]) -> str | None:
     return done.stdout.strip()
 
 
+def command_line(module: str, arguments: list[str]) -> str:
+    """The command that a result file tells; of a path outside the repository, its last name.
+
+    Example:
+        >>> command_line("benchmarks.bench_ops", ["--cases", "quick", "--out", "/home/me/a.json"])
+        'python -m benchmarks.bench_ops --cases quick --out a.json'
+    """
+    said = [Path(word).name if Path(word).is_absolute() else word for word in arguments]
+    return shlex.join(["python", "-m", module, *said])
+
+
 def run_tests(paths: list[str]) -> dict[str, Any]:
     """Runs the tests of the measured code; a speed of wrong code is worth nothing.
 

@@ -32,6 +32,7 @@ def rows(report: dict, kind: str, passes: str) -> dict[str, dict]:
 def test_run_is_described(report: dict) -> None:
     assert report["complete"]
     assert report["command"].startswith("python -m benchmarks.bench_ops --cases quick")
+    assert report["command"].endswith("--out run.json")
     assert report["tests"]["outcome"] == "not run"
     assert report["settings"]["gemm_tflops"]["float32"] > 0
     where = report["environment"]
