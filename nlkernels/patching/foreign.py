@@ -19,6 +19,9 @@ from nlkernels.patching.view import (
     path_of,
 )
 
+# The end of its path: it lies beside the block's file.
+_REGION_LAYER = "depthwise_conv.DiagonalwiseRefactorization"
+
 
 class PoolFirst(View):
     """PySlowFast's and pytorchvideo's block: a pooled x makes key and value."""
@@ -120,7 +123,27 @@ class PoolAfter(View):
         return []
 
 
-class AlexHex7(PoolAfter):
+class EndsInW(View):
+    """Blocks whose output projection is W, or W's first layer before a norm."""
+
+    __slots__ = ()
+
+    out = property(lambda self: convolution(self.module.W))
+
+    @property
+    def norm(self) -> nn.Module | None:
+        return self.module.W[1] if isinstance(self.module.W, nn.Sequential) else None
+
+    def ending(self, y):
+        return self.module.W(y)
+
+    def wrapped(self) -> list[str]:
+        if isinstance(self.module.W, nn.Sequential) and len(self.module.W) != 2:
+            return ["W has more than a convolution and a norm"]
+        return super().wrapped()
+
+
+class AlexHex7(EndsInW, PoolAfter):
     """Non-local_pytorch: a file for each kind, and the same classes in all of them."""
 
     __slots__ = ()
@@ -138,26 +161,10 @@ class AlexHex7(PoolAfter):
     def kind(self) -> str:
         return self._KINDS.get(own_class(self.module).__module__.rpartition(".")[2], "softmax")
 
-    @property
-    def out(self) -> nn.Module:
-        return convolution(self.module.W)
-
-    @property
-    def norm(self) -> nn.Module | None:
-        return self.module.W[1] if isinstance(self.module.W, nn.Sequential) else None
-
     def strange(self) -> str:
         if getattr(self.module, "store_last_batch_nl_map", False):
             return "a request to store the map"
         return super().strange()
-
-    def ending(self, y):
-        return self.module.W(y)
-
-    def wrapped(self) -> list[str]:
-        if isinstance(self.module.W, nn.Sequential) and len(self.module.W) != 2:
-            return ["W has more than a convolution and a norm"]
-        return super().wrapped()
 
 
 class Mmcv(PoolAfter):
@@ -193,36 +200,25 @@ class Mmcv(PoolAfter):
         return super().wrapped()
 
 
-class Region(View):
+class Region(EndsInW):
     """Region-based: query and key are theta's aggregated map, the value is theta's own."""
 
     __slots__ = ()
 
     constants = ("penta.mask",)
-    stored = ("attention_maps", "feature_maps")
+    stored = ("attention_maps", "feature_maps", "attention_size")
     phi = g = None
     scale = 1.0
     theta = property(lambda self: self.module.theta)
-    region_l2norm = property(lambda self: bool(getattr(self.module, "use_norm", False)))
+    region_l2norm = property(lambda self: bool(self.module.use_norm))
 
     @property
     def kind(self) -> str:
-        return f"region_{getattr(self.module, 'activation', 'softmax')}"
-
-    @property
-    def out(self) -> nn.Module:
-        return convolution(self.module.W)
-
-    @property
-    def norm(self) -> nn.Module | None:
-        return self.module.W[1] if isinstance(self.module.W, nn.Sequential) else None
+        return f"region_{self.module.activation}"
 
     @property
     def pool(self) -> nn.Module | None:
-        if not getattr(self.module, "sub_sample", False):
-            return None
-        found = (part for part in self.module.children() if isinstance(part, nn.MaxPool3d))
-        return next(found, None)
+        return self.module.pooling if self.module.sub_sample else None
 
     @property
     def region(self) -> "Aggregation | None":
@@ -230,8 +226,23 @@ class Region(View):
         return None if penta is None else Aggregation(penta)
 
     def refuses(self) -> str:
-        known = self.kind in ("region_softmax", "region_relu")
-        return "" if known else f"activation {self.kind.removeprefix('region_')!r}"
+        if self.kind not in ("region_softmax", "region_relu"):
+            return f"activation {self.kind.removeprefix('region_')!r}"
+        return self._other_relu()
+
+    def strange(self) -> str:
+        if self.kind != "region_relu":
+            return ""
+        if nn.modules.module._has_any_global_hook():
+            return "hooks of all modules, which see the scores"
+        if fast.is_watched(self.module.relu):
+            return "hooks of relu, which see all scores"
+        return self._other_relu()
+
+    def _other_relu(self) -> str:
+        relu = getattr(self.module, "relu", None)
+        known = self.kind == "region_softmax" or type(relu) is nn.ReLU
+        return "" if known else f"relu, a {type(relu).__name__} of its own kind"
 
     def maps(self, x):
         value = self.theta(x)
@@ -243,8 +254,11 @@ class Region(View):
             return query, query, value
         return query, self.pool(query), self.pool(value)
 
-    def ending(self, y):
-        return self.module.W(y)
+    def wrapped(self) -> list[str]:
+        penta = getattr(self.module, "penta", None)
+        if penta is not None and not path_of(type(penta)).endswith(_REGION_LAYER):
+            return [f"penta is a {type(penta).__name__} of its own kind"]
+        return super().wrapped()
 
 
 class Aggregation:

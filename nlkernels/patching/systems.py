@@ -22,19 +22,17 @@ class System(NamedTuple):
         module: pattern of the whole module path.
         name_of_class: pattern of the class's qualified name.
         view: how a block is computed here.
-        children: what an instance must have.
-        strangers: what it must not have.
     """
 
     name: str
     module: str
     name_of_class: str
     view: type[View]
-    children: tuple[str, ...] = ()
-    strangers: tuple[str, ...] = ()
 
 
 _ANYWHERE = r"(.*\.)?"
+# Several systems give the class that computes and those for one number of dimensions these names.
+_BLOCKS = "_NonLocalBlockND|NONLocalBlock[123]D"
 SYSTEMS = (
     System("pytorchvideo", r"pytorchvideo\.layers\.nonlocal_net", "NonLocal", PoolFirst),
     System("slowfast", r"slowfast\.models\.nonlocal_helper", "Nonlocal", PoolFirst),
@@ -42,22 +40,23 @@ SYSTEMS = (
     System(
         "alexhex7",
         r"non_local_(gaussian|embedded_gaussian|dot_product|concatenation)",
-        "NONLocalBlock[123]D",
+        _BLOCKS,
         AlexHex7,
     ),
-    System("tsm", "non_local", "NONLocalBlock[123]D", AlexHex7),
+    System("tsm", "non_local", _BLOCKS, AlexHex7),
     System("timm", r"timm\.(models\.)?layers\.non_local_attn", "NonLocalAttn", Timm),
-    System("rnl", "rnl", ".*", Region, ("theta", "W"), ("phi", "g", "nl", "block")),
+    # Its ChannelGate has one row of weights a clip, which no N x M matrix is saved on.
+    System("rnl", "rnl", _BLOCKS, Region),
 )
 
 
-def system_of(cls: type, module: nn.Module | None = None) -> System | None:
-    """The system that a class belongs to by its path; of `module`, if it looks like it."""
+def system_of(cls: type) -> System | None:
+    """The system that a class belongs to by its path."""
     for system in SYSTEMS:
         named = re.fullmatch(_ANYWHERE + system.module, cls.__module__) and re.fullmatch(
             system.name_of_class, cls.__qualname__
         )
-        if named and (module is None or _looks_like(module, system)):
+        if named:
             return system
     return None
 
@@ -87,15 +86,10 @@ def find(model: nn.Module) -> Iterator[Found]:
     """Known blocks of a model, in its own order."""
     for name, module in model.named_modules():
         ancestors = type(module).__mro__
-        matched = ((cls, system_of(cls, module)) for cls in ancestors if cls is not object)
+        matched = ((cls, system_of(cls)) for cls in ancestors if cls is not object)
         known = next(((cls, system) for cls, system in matched if system is not None), None)
         if known is not None:
             yield Found(name, module, known[1], _refusal(module, *known))
-
-
-def _looks_like(module: nn.Module, system: System) -> bool:
-    children = module._modules.keys()
-    return children >= set(system.children) and not children & set(system.strangers)
 
 
 def _refusal(module: nn.Module, known: type, system: System) -> str:

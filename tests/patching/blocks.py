@@ -40,14 +40,18 @@ def _named():
                     options = {"sub_sample": sub, "bn_layer": norm}
                     label = f"{short}-{dims}d-{'sub' if sub else 'all'}-{'bn' if norm else 'bare'}"
                     yield label, dims, lambda m=made, o=options: m(8, **o)
-    for kernel in ((3, 3, 3), (1, 3, 5), (1, 1, 1)):
+        yield f"{short}-nd", 2, lambda m=file._NonLocalBlockND: m(8, dimension=2)
+    for kernel in ([3, 3, 3], [1, 3, 5], [1, 1, 1]):
         for activation in ("softmax", "relu"):
             for sub in (True, False):
                 for l2norm in (True, False):
-                    options = {"ks": kernel, "activation": activation}
-                    options |= {"sub_sample": sub, "use_norm": l2norm, "bn_layer": not l2norm}
-                    label = f"rnl-{kernel}-{activation}-{sub}-{l2norm}"
-                    yield label, 3, lambda o=options: rnl.RegionNonLocal(8, **o)
+                    options = {"activation": activation, "use_norm": l2norm, "bn_layer": not l2norm}
+                    label = f"rnl-{tuple(kernel)}-{activation}-{sub}-{l2norm}"
+                    yield (
+                        label,
+                        3,
+                        lambda a=(2, kernel, sub), o=options: rnl._NonLocalBlockND(8, *a, **o),
+                    )
     for scaled in (True, False):
         yield f"timm-{scaled}", 2, lambda s=scaled: NonLocalAttn(8, s, rd_channels=4)
 

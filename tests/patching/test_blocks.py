@@ -1,10 +1,12 @@
 """Replaced blocks of every system and option: outputs, gradients, statistics and keys as before."""
 
 import copy
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from nlkernels import replace_nonlocal
 from tests.golden_cases import block_files, cotangent, deviation, load
@@ -83,6 +85,20 @@ def test_every_block(name):
     check(name)
 
 
+def test_regions_of_several_groups_of_channels():
+    check_module(rnl.NONLocalBlock3D(160, 2, [1, 3, 3], False), (2, 160, 2, 4, 3), [torch.float64])
+
+
+def test_gates_of_regions_stay_as_they_are():
+    frames = nn.Sequential(OrderedDict(bn3=nn.BatchNorm2d(8)))
+    model = randomised(rnl.NL3DWrapper(frames, 3, "cg+nl", ks=[3, 3, 3])).double()
+    x = torch.randn(6, 8, 5, 4).double()
+    expected = results(model, x)
+    with replace_nonlocal(model, backend="chunked") as report:
+        assert list(report.blocks) == ["nl"] and type(model.cg) is rnl.ChannelGate
+        assert_same(results(model, x), expected, 1e-9)
+
+
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FILES = {
     "gaussian": non_local_gaussian,
@@ -103,9 +119,15 @@ def golden_block(case):
         cls = getattr(FILES[config["variant"]], f"NONLocalBlock{case.inputs['x'].ndim - 2}D")
         names = ("sub_sample", "bn_layer")
         return cls(channels, **{name: config[name] for name in names if name in config})
-    if system == "RNL" and "ks" in config and "n_segment" not in config:
+    if "n_segment" in config and "nl.theta.weight" in case.state:
+        frames = nn.Sequential(OrderedDict(bn3=nn.BatchNorm2d(channels)))
+        if system == "TSM":
+            return non_local.NL3DWrapper(frames, config["n_segment"])
+        names = ("n_segment", "attr", "ratio", "ks", "sub_sample")
+        return rnl.NL3DWrapper(frames, **{name: config[name] for name in names})
+    if system == "RNL" and "ks" in config:
         names = ("ratio", "ks", "sub_sample", "activation", "use_norm", "bn_layer")
-        return rnl.RegionNonLocal(channels, **{name: config[name] for name in names})
+        return rnl._NonLocalBlockND(channels, **{name: config[name] for name in names})
     return None
 
 

@@ -12,7 +12,8 @@ from nlkernels import replace_nonlocal, restore_nonlocal
 from tests.patching.blocks import Net, randomised, results
 from tests.patching.packages.lib.non_local_concatenation import NONLocalBlock3D as Concatenation
 from tests.patching.packages.lib.non_local_embedded_gaussian import NONLocalBlock3D as Embedded
-from tests.patching.packages.ops.rnl import RegionNonLocal
+from tests.patching.packages.ops.rnl import NONLocalBlock3D as Regions
+from tests.patching.packages.ops.rnl import _NonLocalBlockND as Activated
 from tests.patching.packages.slowfast.models.nonlocal_helper import Nonlocal
 
 CLIP = (2, 3, 4, 8, 8)
@@ -224,8 +225,30 @@ def test_maps_are_theirs_on_demand_and_ours_by_row():
     assert torch.equal(hooked(x), before["out"]) and seen == [(1, 1, 60, 12)]
 
 
+def test_region_layers_that_were_exchanged_or_have_hooks_run_themselves():
+    block = randomised(Activated(8, 2, [3, 3, 3], False, activation="relu")).double()
+    x, seen = torch.randn(1, 8, 2, 6, 5).double(), []
+    handle = block.relu.register_forward_hook(lambda m, i, o: seen.append(o.shape))
+    replace_nonlocal(block, backend="chunked")
+    block(x)
+    assert seen == [(1, 60, 60)]
+    handle.remove()
+    block.penta = nn.Conv3d(4, 4, 3, padding=1, groups=4).double()  # it has a bias
+    found = block(x)
+    restore_nonlocal(block)
+    expected = block(x)
+    torch.testing.assert_close(found, expected)
+    replace_nonlocal(block, backend="chunked")
+    block.relu = nn.GELU()
+    found = block(x)
+    restore_nonlocal(block)
+    assert torch.equal(found, block(x)) and not torch.allclose(found, expected)
+    with pytest.raises(ValueError, match="a GELU of its own kind"):
+        replace_nonlocal(block)
+
+
 def test_stored_maps_of_another_forward_are_dropped():
-    block, x = randomised(RegionNonLocal(8)), torch.randn(1, 8, 2, 6, 5)
+    block, x = randomised(Regions(8, 2, [3, 3, 3], False)), torch.randn(1, 8, 2, 6, 5)
     block(x)
     with replace_nonlocal(block, backend="chunked"):
         assert block.attention_maps is None

@@ -10,7 +10,7 @@ import torch
 from nlkernels import replace_nonlocal
 from nlkernels.patching.view import FEW_SCORES
 from tests.patching.blocks import randomised
-from tests.patching.packages.ops.rnl import RegionNonLocal
+from tests.patching.packages.ops.rnl import NONLocalBlock3D as Regions
 from tests.patching.packages.slowfast.models.nonlocal_helper import Nonlocal
 
 
@@ -49,7 +49,7 @@ def test_long_clips_are_faster(make, least, monkeypatch):
 @pytest.mark.gate
 def test_regions_are_faster(monkeypatch):
     monkeypatch.delenv("NLKERNELS_BACKEND")
-    assert ratio(randomised(RegionNonLocal(128)), (1, 128, 4, 14, 14)) >= 1.5
+    assert ratio(randomised(Regions(128, 2, [3, 7, 7], False)), (1, 128, 4, 14, 14)) >= 1.5
 
 
 def test_few_scores_are_left_to_the_block_itself(monkeypatch):

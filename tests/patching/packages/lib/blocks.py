@@ -15,7 +15,9 @@ POOLS = {
 class Block(nn.Module):
     kind: str
 
-    def __init__(self, dimension, in_channels, inter_channels=None, sub_sample=True, bn_layer=True):
+    def __init__(
+        self, in_channels, inter_channels=None, dimension=3, sub_sample=True, bn_layer=True
+    ):
         super().__init__()
         self.dimension, self.sub_sample = dimension, sub_sample
         self.in_channels = in_channels

@@ -3,20 +3,20 @@
 from tests.patching.packages.lib.blocks import Mapping
 
 
-class _Block(Mapping):
+class _NonLocalBlockND(Mapping):
     kind = "gaussian"
 
 
-class NONLocalBlock1D(_Block):
-    def __init__(self, *args, **options):
-        super().__init__(1, *args, **options)
+class NONLocalBlock1D(_NonLocalBlockND):
+    def __init__(self, in_channels, inter_channels=None, **options):
+        super().__init__(in_channels, inter_channels, 1, **options)
 
 
-class NONLocalBlock2D(_Block):
-    def __init__(self, *args, **options):
-        super().__init__(2, *args, **options)
+class NONLocalBlock2D(_NonLocalBlockND):
+    def __init__(self, in_channels, inter_channels=None, **options):
+        super().__init__(in_channels, inter_channels, 2, **options)
 
 
-class NONLocalBlock3D(_Block):
-    def __init__(self, *args, **options):
-        super().__init__(3, *args, **options)
+class NONLocalBlock3D(_NonLocalBlockND):
+    def __init__(self, in_channels, inter_channels=None, **options):
+        super().__init__(in_channels, inter_channels, 3, **options)

@@ -5,26 +5,26 @@ from torch import nn
 from tests.patching.packages.lib.blocks import Block
 
 
-class _Block(Block):
+class _NonLocalBlockND(Block):
     kind = "embedded_gaussian"
 
     def forward(self, x):
         return self.run(x)[0]
 
 
-class NONLocalBlock1D(_Block):
-    def __init__(self, *args, **options):
-        super().__init__(1, *args, **options)
+class NONLocalBlock1D(_NonLocalBlockND):
+    def __init__(self, in_channels, inter_channels=None, **options):
+        super().__init__(in_channels, inter_channels, 1, **options)
 
 
-class NONLocalBlock2D(_Block):
-    def __init__(self, *args, **options):
-        super().__init__(2, *args, **options)
+class NONLocalBlock2D(_NonLocalBlockND):
+    def __init__(self, in_channels, inter_channels=None, **options):
+        super().__init__(in_channels, inter_channels, 2, **options)
 
 
-class NONLocalBlock3D(_Block):
-    def __init__(self, *args, **options):
-        super().__init__(3, *args, **options)
+class NONLocalBlock3D(_NonLocalBlockND):
+    def __init__(self, in_channels, inter_channels=None, **options):
+        super().__init__(in_channels, inter_channels, 3, **options)
 
 
 class NL3DWrapper(nn.Module):
@@ -36,4 +36,4 @@ class NL3DWrapper(nn.Module):
     def forward(self, x):
         frames = self.block(x)
         clips = frames.unflatten(0, (-1, self.n_segment)).transpose(1, 2)
-        return self.nl(clips).transpose(1, 2).flatten(0, 1)
+        return self.nl(clips).transpose(1, 2).contiguous().view(frames.shape)
