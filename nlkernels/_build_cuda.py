@@ -53,6 +53,15 @@ def find_nvcc(homes: list[str], cxx: str = "") -> Compiler:
     return Compiler((program, *host), f"{version}, {_host(cxx)}")
 
 
+def toolkit(homes: list[str]) -> str:
+    """Release of the toolkit whose nvcc is found: "13.0".
+
+    Raises:
+        BuildError: as `find_nvcc`.
+    """
+    return _text(_release(find_nvcc(homes).command[0]))
+
+
 def _host(cxx: str) -> str:
     """The version of the host compiler, which decides about the bytes of the module too."""
     return Compiler.find(cxx).version

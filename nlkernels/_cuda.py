@@ -134,6 +134,19 @@ def architecture(tensor: torch.Tensor) -> int:
     return 80 if tensor.device.type == "cpu" else _launch.architecture(tensor.device)
 
 
+def toolkit(device: torch.device) -> str:
+    """The CUDA that compiled the kernels of a device, or would: "13.0"; "none" without either."""
+    if device.type != "cuda":
+        return "none"
+    asked = str(_launch.architecture(device))
+    if CUDA.missing(asked):
+        return "none"
+    if CUDA.is_loaded(asked):
+        made = CUDA.load(asked).runtime_version()
+        return f"{made // 1000}.{made % 1000 // 10}"
+    return _build_cuda.toolkit(_env.cuda_homes())
+
+
 def stream(tensor: torch.Tensor) -> tuple[int, int]:
     """What every kernel is given first: number of the device, and handle of its current stream."""
     if tensor.device.type == "cpu":

@@ -10,6 +10,9 @@ from nlkernels._spec import Problem
 
 # Backends that `auto` takes on a GPU only where they were verified; see `nlkernels.verify`.
 VERIFIED = ("triton", "cuda")
+# Of these, what a process of its own verifies (`_isolated`): no compiler checks how such kernels
+# wait for each other and where they write.
+ISOLATED = ("cuda",)
 # Channels are rounded up to whole steps of a tensor core: one verdict, one bucket for each.
 _CHANNELS = 16
 

@@ -3,8 +3,9 @@
 A backend of `_operations.VERIFIED` runs by itself on a GPU only where its kernels are known to be
 right: by a committed result (`verified.json`), by a verdict of this machine in the cache, or by
 one made at the first use, outside of tracing and capture. A verdict holds for an operation,
-backend, pass, dtype (and precision of float32) and head size; a kernel that fails switches itself
-off: `auto` takes the next backend, and a call that names it is refused with the reason.
+backend, pass, dtype (and precision of float32), head size and compiler; a kernel that fails
+switches itself off: `auto` takes the next backend, and a call that names it is refused with the
+reason. Kernels of `_operations.ISOLATED` are verified in a process of their own.
 
 Verification: the operation's suite of small problems, with memory poisoned by NaN, every result
 against float64 by the rule of `_rule`, and once more bitwise; on GPUs some in every configuration,
@@ -20,14 +21,14 @@ import json
 import subprocess
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from nlkernels import _cache, _device, _launch, _operations, _paths, _rule, _tune
+from nlkernels import _cache, _cuda, _device, _launch, _operations, _paths, _rule, _tune
 from nlkernels._spec import autocasts, describe
 
 UNVERIFIED = "unverified on this GPU: nlk verify"
@@ -113,7 +114,7 @@ def verify(
     Raises:
         CannotJudge: with `again`, where no verdict could be found.
     """
-    name = _name(op, backend, direction, dtype, head)
+    name = _name(op, backend, direction, dtype, head, device)
     if not _lock.acquire(timeout=_PATIENCE_S):
         if again:
             raise CannotJudge("another thread is verifying; try again")
@@ -126,7 +127,7 @@ def verify(
         if (name, str(device)) in _postponed and not again:
             return UNVERIFIED
         try:
-            reason = judge(op, backend, head, dtype, direction, device)
+            reason = _judge(backend, device)(op, backend, head, dtype, direction, device)
         except CannotJudge as error:
             if again:
                 raise
@@ -153,6 +154,15 @@ def verify(
             stacklevel=2,
         )
     return reason
+
+
+def _judge(backend: str, device: torch.device) -> Callable[..., str]:
+    """`judge`, here or in a process of its own."""
+    if backend not in _operations.ISOLATED or device.type not in _device.MEASURED:
+        return judge
+    from nlkernels import _isolated
+
+    return _isolated.judge
 
 
 def judge(
@@ -296,7 +306,7 @@ def _row(op: str, backend: str, problem: Any, direction: str) -> Any:
     if device is None:
         return None
     head = _operations.OPERATIONS[op].head(problem)
-    name = _name(op, backend, direction, problem.dtype, head)
+    name = _name(op, backend, direction, problem.dtype, head, device)
     return _cache.section(device)["verdicts"].get(name)
 
 
@@ -311,7 +321,7 @@ def _is_known_right(op: str, backend: str, problem: Any, direction: str) -> bool
         return False
     here = {
         "architecture": f"sm_{_launch.architecture(device)}",
-        "triton": _device.triton_version(),
+        "compiler": _compiler(backend, device),
         "sources": _cache.package_hash("." if backend == "cuda" else folder(op)),
         "op": op,
         "backend": backend,
@@ -334,5 +344,14 @@ def _shipped() -> list[dict[str, Any]]:
     return json.loads((_paths.PACKAGE / SHIPPED).read_text())
 
 
-def _name(op: str, backend: str, direction: str, dtype: torch.dtype, head: tuple) -> str:
-    return f"{op} {backend} {direction} {_device.label(dtype)} {'x'.join(map(str, head))}"
+def _compiler(backend: str, device: torch.device) -> str:
+    """What makes the machine code of a backend."""
+    if backend == "cuda":
+        return f"CUDA {_cuda.toolkit(device)}"
+    return f"triton {_device.triton_version()}"
+
+
+def _name(op, backend, direction, dtype, head, device) -> str:
+    name = f"{op} {backend} {direction} {_device.label(dtype)} {'x'.join(map(str, head))}"
+    # Triton's version is in the section's name.
+    return f"{name} {_compiler(backend, device)}" if backend == "cuda" else name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from nlkernels import _cache, _device, _launch, _operations, _select, _trust, _tune
+from nlkernels import _cache, _device, _isolated, _launch, _operations, _select, _trust, _tune
 from nlkernels._spec import describe
 
 PASSES = ("forward", "backward")
@@ -68,8 +69,9 @@ def warmup(
     """Compile, verify and measure what a model needs, so that its first step is not the slow one.
 
     Runs the model once, forward, on random input, and measures on operands of the same sizes and
-    strides what each non-local operation in it met: kernels are verified and their configurations
-    timed, then the backends. What is the fastest is used from then on, in later processes too.
+    strides what each non-local operation in it met: kernels are verified (those of backend "cuda"
+    in a process of their own), the configurations of the right ones timed, then the backends. What
+    is the fastest is used from then on, in later processes too.
 
     Args:
         model: on its device; parameters, buffers, gradients, modes and random states stay.
@@ -227,10 +229,10 @@ def _measure(op: str, problem: Any, layout: _Layout, passes: tuple[str, ...]) ->
     if operation.suite is None or 0 in operation.sizes(problem):
         return Entry(op, problem, {}, {}, {}, "nothing to choose")
     verdicts, right = {}, []
-    for backend in _operations.VERIFIED:
-        if backend not in operation.backends or operation.supports(backend, problem):
-            continue
-        for direction in passes:
+    served = [b for b in _operations.VERIFIED if b in operation.backends]
+    served = [b for b in served if not operation.supports(b, problem)]
+    with _isolated.kept():
+        for backend, direction in itertools.product(served, passes):
             wrong = _trust.distrust(op, backend, problem, direction)
             verdicts[f"{backend} {direction}"] = wrong
             right += [] if wrong else [(backend, direction)]

@@ -6,11 +6,10 @@ the new one.
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ import nlkernels.functional
 import nlkernels.ops.norm.op
 import nlkernels.ops.pointwise.op
 import nlkernels.ops.pool.op  # noqa: F401
-from nlkernels import _device, _launch, _operations, _select, _trust
+from nlkernels import _device, _isolated, _launch, _operations, _select, _trust
 from nlkernels._spec import check_choice
 
 
@@ -83,7 +82,8 @@ def verify(
 
     Small problems of odd sizes, forward and backward, may be twice (output) or three times
     (gradients) as wrong as plain PyTorch in the same dtype, and have to repeat bitwise. A kernel
-    that fails is switched off on this machine, in later processes too.
+    that fails is switched off on this machine, in later processes too. Those of backend "cuda" run
+    in a process of its own, where one that hangs or crashes has failed like any other.
 
     Args:
         op: "softmax", "dot_product", "relu", "concat", "gate", "region", "pointwise",
@@ -125,13 +125,27 @@ def verify(
         )
     checks, progress = [], progress or (lambda line: None)
     progress(_device.identity(present))
-    for name in ops if op is None else [op]:
-        suite = _operations.loaded(ops[name].suite)
-        heads = suite.HEADS if depths is None else list(depths)
-        if depths is None and present.type == "cpu":
-            heads = heads[:1]
-        if op is None and depths is not None:
-            heads = [head for head in heads if len(head) == len(suite.HEADS[0])]
+    with _isolated.kept():
+        for name, head, dtype in _cases(ops if op is None else [op], depths, dtypes, present.type):
+            for direction in ("forward", "backward"):
+                checks.append(_check(name, backend, head, dtype, direction, present))
+                progress(str(checks[-1]))
+    return Report(_device.identity(present), tuple(checks))
+
+
+def _cases(
+    ops: Collection[str],
+    depths: Iterable[tuple[int, ...]] | None,
+    dtypes: Iterable[torch.dtype] | None,
+    kind: str,
+) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Operation, head size and dtype of all that is verified on a kind of device."""
+    given, asked = (None if n is None else list(n) for n in (depths, dtypes))
+    for name in ops:
+        suite = _operations.loaded(_operations.OPERATIONS[name].suite)
+        heads = given if given is not None else suite.HEADS[: 1 if kind == "cpu" else None]
+        if given is not None and len(ops) > 1:
+            heads = [head for head in given if len(head) == len(suite.HEADS[0])]
         for head in heads:
             smallest = [min(1, *sizes) for sizes in zip(*suite.HEADS, strict=True)]
             if len(head) != len(smallest) or any(map(int.__lt__, head, smallest)):
@@ -139,14 +153,9 @@ def verify(
                     f"verify: expected {len(suite.HEADS[0])} positive sizes for {name}, got "
                     f"{tuple(head)}; for example {suite.HEADS[0]}"
                 )
-            asked = suite.DTYPES if dtypes is None else dtypes
-            if dtypes is None and present.type == "cpu":
-                # Triton's interpreter has no product of bfloat16: it is no judge of it.
-                asked = [dtype for dtype in asked if dtype != torch.bfloat16]
-            for dtype, direction in itertools.product(asked, ("forward", "backward")):
-                checks.append(_check(name, backend, tuple(head), dtype, direction, present))
-                progress(str(checks[-1]))
-    return Report(_device.identity(present), tuple(checks))
+            # Triton's interpreter has no product of bfloat16: it is no judge of it.
+            usual = [d for d in suite.DTYPES if kind != "cpu" or d != torch.bfloat16]
+            yield from ((name, tuple(head), dtype) for dtype in (usual if asked is None else asked))
 
 
 def _present(device: torch.device | str) -> torch.device:

@@ -182,7 +182,7 @@ def test_a_committed_result_is_trusted(install, monkeypatch):
     install(fake_backend.right)
     entry = {
         "architecture": "sm_90",
-        "triton": _device.triton_version(),
+        "compiler": f"triton {_device.triton_version()}",
         "sources": _cache.package_hash(),
         "op": "fake",
         "backend": "triton",
