@@ -8,8 +8,10 @@ from torch import nn
 
 from nlkernels import NonLocalBlock2d, NonLocalBlock3d, insert_nonlocal
 from nlkernels.patching import FramesBlock
+from tests.patching.packages.torchvision.models.video import resnet
 
 CLIP = (2, 3, 4, 16, 16)
+PLACES = {"layer2.1", "layer3.1"}
 
 
 class Residual(nn.Module):
@@ -115,6 +117,34 @@ def test_frames_as_images_and_as_clips():
     torch.testing.assert_close(block(features), expected)
     with pytest.raises(ValueError, match="multiple of segments=4"):
         model(x.double()[:6])
+
+
+def check_network(model, shape, channels, **options):
+    """Blocks behind residual blocks of another package's network: inserted, trained, taken out."""
+    x, keys = torch.randn(shape), list(model.state_dict())
+    classes = {name: type(module) for name, module in model.named_modules()}
+    expected = model.eval()(x)
+    report = insert_nonlocal(model, at=sorted(PLACES), clip=shape, backend="chunked", **options)
+    assert list(report.blocks) == [f"{place}.nl" for place in sorted(PLACES)]
+    assert [block.dim for block in report.blocks.values()] == channels
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    added = {key for key in model.state_dict() if key.split(".nl.")[0] in PLACES} - set(keys)
+    assert set(keys) | added == set(model.state_dict())
+    for block in report.blocks.values():
+        nn.init.ones_(block.norm.weight)
+    assert not torch.allclose(model(x), expected)
+    model.train()(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert "nl.out.bias" in name or "nl.phi.bias" in name or parameter.grad.any(), name
+    report.restore()
+    assert list(model.state_dict()) == keys
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+
+
+@pytest.mark.parametrize("name", ["r3d_18", "mc3_18", "r2plus1d_18"])
+def test_networks_like_torchvision_s(name):
+    check_network(getattr(resnet, name)(), (2, 3, 4, 32, 32), [16, 32])
 
 
 @pytest.mark.gate
