@@ -30,7 +30,7 @@ from nlkernels._trust import CannotJudge
 COMMAND = (sys.executable, "-m", "nlkernels._isolated")
 # Imports, on a file system that is slow; then one suite, which takes a second or two on a GPU.
 START_S = 180.0
-LIMIT_S = 120.0
+LIMIT_S = 60.0
 # A child whose parent was killed ends by itself, so much later.
 _GRACE_S = 30.0
 # For a process to end.
@@ -49,6 +49,7 @@ def judge(
     dtype: torch.dtype,
     direction: str,
     device: torch.device,
+    keeps: bool = True,
 ) -> str:
     """As `_trust.judge`, in a child.
 
@@ -71,6 +72,7 @@ def judge(
         "precision": _launch.precision(torch.float32),
         "direction": direction,
         "device": str(device),
+        "keeps": keeps,
         "suite": suite if isinstance(suite, str) else "",
     }
     with _lock:
@@ -174,8 +176,9 @@ class _Child:
         return f"{how}: {' '.join(last.split())}" if last.strip() else how
 
     def _read(self) -> None:
-        for line in self._process.stdout:
-            self._answers.put(line)
+        with self._process.stdout as lines:
+            for line in lines:
+                self._answers.put(line)
         self._answers.put("")
 
     def _next(self, limit_s: float) -> str | None:
@@ -200,9 +203,9 @@ def _answer(case: dict[str, Any]) -> dict[str, Any]:
         }
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case["precision"] == "tf32" else "ieee"
     head, dtype = tuple(case["head"]), getattr(torch, case["dtype"])
-    device = torch.device(case["device"])
+    rest = case["direction"], torch.device(case["device"]), case["keeps"]
     try:
-        reason = _trust.judge(op, case["backend"], head, dtype, case["direction"], device)
+        reason = _trust.judge(op, case["backend"], head, dtype, *rest)
     except CannotJudge as error:
         return {"judged": False, "reason": str(error)}
     return {"judged": True, "reason": reason}

@@ -10,7 +10,8 @@ reason. Kernels of `_operations.ISOLATED` are verified in a process of their own
 Verification: the operation's suite of small problems, with memory poisoned by NaN, every result
 against float64 by the rule of `_rule`, and once more bitwise; on GPUs some in every configuration,
 as larger problems run in others. A backward gets by turns what plain PyTorch and what the kernels'
-own forward keep: where the two do not fit together, it is the backward that is switched off.
+own forward keep: where the two do not fit together, it is the backward that is switched off. A
+forward that is known to be wrong keeps nothing for it, as it never runs.
 """
 
 from __future__ import annotations
@@ -127,7 +128,11 @@ def verify(
         if (name, str(device)) in _postponed and not again:
             return UNVERIFIED
         try:
-            reason = _judge(backend, device)(op, backend, head, dtype, direction, device)
+            kept = _cache.section(device)["verdicts"].get(
+                _name(op, backend, "forward", dtype, head, device), {"reason": ""}
+            )
+            case = (op, backend, head, dtype, direction, device, not kept["reason"])
+            reason = _judge(backend, device)(*case)
         except CannotJudge as error:
             if again:
                 raise
@@ -172,8 +177,11 @@ def judge(
     dtype: torch.dtype,
     direction: str,
     device: torch.device,
+    keeps: bool = True,
 ) -> str:
     """Run the suite; return what is wrong, "" when all is right.
+
+    `keeps`: the kernels' own forward may run, which keeps tensors for their backward.
 
     Raises:
         CannotJudge: memory ran out, something is missing on this machine, or plain PyTorch could
@@ -188,7 +196,7 @@ def judge(
         # Triton's interpreter takes minutes for these.
         large = suite.large(head) if device.type in _device.MEASURED else ()
         for number, trial in enumerate((*large, *suite.trials(head))):
-            keeping = (plain, module)[number % 2]
+            keeping = (plain, module if keeps else plain)[number % 2]
             modules, thorough = (plain, keeping, module), number < len(large)
             wrong = _try(suite, trial, dtype, direction, device, modules, thorough)
             if wrong:

@@ -72,7 +72,8 @@ def test_right_wrong_and_crashing_kernels(started):
                 "it ended the process that tried it, signal SIGABRT: said before its end; "
                 "nlk verify --op aborts --backend cuda tries it again"
             )
-    assert len(started) == 2 and len(verdicts()) == 4
+        assert verify("aborts", "backward") == "", "without its own forward"
+    assert len(started) == 3 and len(verdicts()) == 5
     operands = [torch.randn(2, n, 16) for n in (9, 7, 7)]
     with pytest.raises(NotImplementedError, match=r"signal SIGABRT.*use backend='auto'"):
         _select.module("aborts", "cuda", "forward", *operands)
