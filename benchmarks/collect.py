@@ -1,6 +1,6 @@
 """Makes the result file of a GPU out of what the stages of on_gpu.sh left behind.
 
-`python -m benchmarks.collect DIR` reads DIR/{correct,sanitize,bench,train}.jsonl and writes
+`python -m benchmarks.collect DIR` reads DIR/{correct,sanitize,bench,train,ablate}.jsonl and writes
 `benchmarks/results/<device>/<date>.json`. What is unfit to be committed (failed or missing tests, a
 bench without an end, a changed checkout) is refused with the reasons; `--out FILE` writes it
 elsewhere all the same, for a look.
@@ -18,7 +18,7 @@ from typing import Any
 from .results import RESULTS, ResultFile, validate
 from .stage import read_rows
 
-STAGES = ("correct", "sanitize", "bench", "train")
+STAGES = ("correct", "sanitize", "bench", "train", "ablate")
 _OWN = ("event", "at_s", "section", "job")
 
 Rows = list[dict[str, Any]]
@@ -69,6 +69,7 @@ def collect(folder: Path) -> tuple[dict[str, Any], Rows, list[str]]:
             for row in stages["train"]
             if row["event"] in ("cost", "training")
         ],
+        "ablation": [_plain(row) for row in stages["ablate"] if row["event"] == "plan"],
     }
     return header, rows, _unfit(stages, header, end)
 
@@ -77,7 +78,7 @@ def _rows(measured: Rows) -> Rows:
     """One row for each problem and provider: `auto` was measured again beside compiled peers."""
     found: dict[tuple, dict[str, Any]] = {}
     for row in measured:
-        if row["section"] in ("attention", "region") and "provider" in row:
+        if row["section"] in ("attention", "region", "gate") and "provider" in row:
             key = tuple(row[name] for name in ("case", "kind", "dtype", "pass", "provider"))
             found.setdefault(key, _plain(row))
     return list(found.values())

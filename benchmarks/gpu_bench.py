@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from nlkernels import _launch
+from nlkernels import _cuda, _launch
 
 from . import features, gate, region
 from .gpu_plan import Job, plan, reduced
@@ -95,6 +95,11 @@ def work(options: argparse.Namespace) -> int:
     file = RowFile(options.out / "bench.jsonl", "bench", device, options.commit)
     before = read_rows(options.out / "bench.jsonl")
     done = {row["job"] for row in before if row["event"] == "job"}
+    if device.type == "cuda":
+        # Compiled here, if it has to be: no provider's first call has minutes.
+        watch.begin("module of CUDA kernels", 240)
+        _cuda.CUDA.prepare()
+        watch.begin("start", 120)
     ceilings = next((row for row in before if row["event"] == "ceilings"), None)
     if ceilings is None:
         ceilings = measured_ceilings(device)

@@ -7,6 +7,7 @@
 #   sanitize  compute-sanitizer's memcheck, racecheck and initcheck over every kernel
 #   bench     our kernels against eager, compiled, SDPA, FlexAttention and ffpa-attn
 #   train     a training step and a short training without blocks, with naive and with fast ones
+#   ablate    plans of the Hopper kernels (clusters, widths of tiles, slots), each checked, then timed; after correct
 #
 # Each takes at most 8 minutes. Rows go to DIR/STAGE.jsonl as they are measured (default: $OUT, else runs/on_gpu), the
 # log to DIR/STAGE.log. `--device cpu` is a dry run of the same code, reduced, kernels in Triton's interpreter.
@@ -14,7 +15,7 @@
 # passed, 2 wrong use, 3 no GPU, 5 no test passed, 124 out of time, otherwise the stage failed.
 set -euo pipefail
 
-STAGES="correct sanitize bench train"
+STAGES="correct sanitize bench train ablate"
 PYTHON="${PYTHON:-python3}"
 
 usage() {
@@ -62,7 +63,7 @@ mkdir -p "${out}"
 # What an interpreter verifies says nothing of this machine: it stays out of the user's cache.
 [[ ${device} == "cuda" ]] || export NLKERNELS_CACHE_DIR="${out}/cache"
 
-declare -A modules=([correct]=correct [sanitize]=sanitize [bench]=gpu_bench [train]=gpu_train)
+declare -A modules=([correct]=correct [sanitize]=sanitize [bench]=gpu_bench [train]=gpu_train [ablate]=ablate)
 status=0
 "${PYTHON}" -m "benchmarks.${modules[${stage}]}" --device "${device}" --out "${out}" "${options[@]}" 2>&1 |
     tee "${out}/${stage}.log" || status=$?

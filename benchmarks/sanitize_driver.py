@@ -30,6 +30,13 @@ SOFTMAX = (
     (2, 150, 300, 264, 72, None),
     (1, 77, 45, 264, 72, 0),
 )
+# As above, for the kernels for Hopper: each of their three forms, in both layouts; 176 keys are
+# several tiles and a part of one.
+HOPPER = (
+    (2, 152, 176, 256, 256, None),
+    (1, 152, 176, 512, 512, None),
+    (1, 72, 176, 1024, 512, None),
+)
 # Few keys, where dot_product computes scores; relu runs the problems of softmax.
 FEW_KEYS = ((1, 50, 9, 37, 19, None), (2, 150, 60, 264, 72, None), (1, 77, 12, 264, 72, 0))
 # Batch, N, M, V: several chunks of a scan, and fewer keys than one.
@@ -85,6 +92,8 @@ def run_attention(
     # The interpreter, too, is spared the keys: softmax has shown it all of them.
     few = kind == "dot_product" or (kind == "relu" and device.type == "cpu")
     problems = FEW_KEYS if few else SOFTMAX
+    if (kind, backend) == ("softmax", "cuda"):
+        problems = (*problems, *HOPPER)
     for number, (batch, n, m, d, v, workspace) in enumerate(problems):
         generator = torch.Generator().manual_seed(number)
         leaves = []

@@ -83,12 +83,18 @@ def stages() -> dict[str, list[dict]]:
             measured("auto", "x", 2.0),
             measured("auto", "x compiled", 3.0),
             measured("compiled", "x compiled", 4.0),
+            measured("cuda", "g", 1.0) | {"section": "gate", "kind": "gate"},
             {"event": "row", "section": "kernels", "job": "k", "kernel": "attend"},
             {"event": "job", "job": "x", "seconds": 1.0},
             {"event": "floor", "case": "x", "holds": True},
             {"event": "end", "missing": ["y"], "lost": {}, "cut": False},
         ],
         "train": [start("train"), {"event": "cost", "item": "c", "variant": "fast"}],
+        "ablate": [
+            start("ablate"),
+            {"event": "plan", "head": [256, 256], "plan": "p", "tflops": 1.0},
+            {"event": "end", "missing": [], "faults": 0},
+        ],
     }
 
 
@@ -111,13 +117,14 @@ def test_result_file(tmp_path: Path, stages, monkeypatch: pytest.MonkeyPatch) ->
     assert report["settings"]["rounds"] == 7
     # `auto` once, as it was measured first.
     times = {row["provider"]: row["time_ms"]["p50"] for row in report["rows"]}
-    assert times == {"auto": 2.0, "compiled": 4.0}
-    assert len(report["rows"]) == 2
+    assert times == {"auto": 2.0, "compiled": 4.0, "cuda": 1.0}
+    assert len(report["rows"]) == 3
     assert not {"event", "job", "section", "at_s"} & set(report["rows"][0])
     assert report["missing"] == ["y"]
     assert report["kernels"] == [{"kernel": "attend"}]
     assert report["sanitizer"][0]["status"] == "unavailable"
     assert report["training"][0]["what"] == "cost"
+    assert report["ablation"] == [{"head": [256, 256], "plan": "p", "tflops": 1.0}]
     assert report["floors"] == [{"case": "x", "holds": True}]
 
 
@@ -165,7 +172,7 @@ def test_unfit_results_are_refused_unless_written_elsewhere(
     assert word in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
     assert collect.main([str(folder), "--out", str(tmp_path / "look.json")]) == 1
-    assert len(results.load(tmp_path / "look.json")["rows"]) == 2
+    assert len(results.load(tmp_path / "look.json")["rows"]) == 3
 
 
 def test_nothing_to_collect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_wrong_use_prints_the_stages(arguments: list[str]) -> None:
     done = run(*arguments)
     assert done.returncode == 2
-    assert "stages: correct sanitize bench train" in done.stderr
+    assert "stages: correct sanitize bench train ablate" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -55,6 +55,7 @@ DRY = {
     "sanitize": ["--part", "region-float32-channels"],
     "bench": ["--most", "1", "--rounds", "1"],
     "train": [],
+    "ablate": ["--heads", "256x256", "512x512"],
 }
 
 

@@ -10,6 +10,8 @@ import torch
 
 from benchmarks import results, sanitize, sanitize_driver
 from benchmarks.sanitize import Ended, verdict
+from nlkernels._spec import Problem
+from nlkernels.ops.softmax import cuda_hopper_plan
 
 CLEAN = """========= COMPUTE-SANITIZER
 ran softmax-bfloat16-rows
@@ -84,6 +86,35 @@ def test_every_kernel_is_launched() -> None:
     kernels = set().union(*(launched(path.read_text()) for path in folder.rglob("*.py")))
     assert len(kernels) > 4
     assert kernels <= set(recorder.launches)
+
+
+def test_every_form_of_the_hopper_kernels_is_watched() -> None:
+    forms = set()
+    for batch, n, m, d, v, _ in sanitize_driver.HOPPER:
+        problem = Problem(batch, n, m, d, v, torch.float16, "cuda")
+        assert not cuda_hopper_plan.unserved(problem)
+        assert n % 8 == m % 8 == 0, "else tensor copies read rows only"
+        plans = [cuda_hopper_plan.plan(problem, channels) for channels in (False, True)]
+        forms |= {(plan.split, plan.streamed, plan.channel_first) for plan in plans}
+        assert m > plans[0].tile_keys and m % plans[0].tile_keys
+    halves = ((False, False), (True, False), (True, True))
+    assert forms == {(*half, channels) for half in halves for channels in (False, True)}
+
+
+def test_problems_for_hopper_are_those_of_softmax_in_cuda(monkeypatch) -> None:
+    ran = []
+
+    def attend(query, key, value, *, backend, **options):
+        ran.append((backend, query.shape[2]))
+        return query[..., :1] * 0 + value.sum(1, keepdim=True) + key.sum()
+
+    monkeypatch.setattr(sanitize_driver.nlkernels, "nonlocal_attention", attend)
+    cases = (("softmax", "cuda"), ("softmax", "triton"), ("relu", "cuda"))
+    for kind, backend in cases:
+        given = torch.float32, "rows", torch.device("cpu"), backend
+        list(sanitize_driver.run_attention(*given, kind=kind))
+    assert [depth for backend, depth in ran if backend == "cuda" and depth > 264] == [512, 1024]
+    assert all(depth <= 264 for backend, depth in ran if backend == "triton")
 
 
 @pytest.mark.parametrize("present", [False, True])
