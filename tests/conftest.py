@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Before Triton is imported: without a GPU, its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from nlkernels import _launch
 from nlkernels.modules import choice
 from tests import interpreter
@@ -18,9 +22,6 @@ COMPILED = Path(__file__).resolve().parents[1] / "build" / "ext"
 # Blocks of tests are small, and run what large inputs run, unless a test asks for `as_measured`.
 MEASURED, choice.TABLE = choice.TABLE, {}
 
-# Before any kernel is defined: without a GPU, Triton's kernels run in its interpreter.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 if _launch.interpreting():
     interpreter.mend()
 

@@ -1,5 +1,10 @@
 """What the interpreter computes, as the tests mend it, is what torch computes."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -162,3 +167,23 @@ def test_reductions(dtype):
     reduce[(1,)](numbers, got, 64)
     assert got[0] == numbers.max()
     torch.testing.assert_close(got[1], numbers.float().sum(), rtol=2e-2, atol=2e-2)
+
+
+def test_a_single_process_interprets_what_the_package_defines():
+    """No process before it, as those of pytest-xdist have, has asked for the interpreter."""
+    script = (
+        "import tests.conftest\n"
+        "from nlkernels.ops import _triton_tiles\n"
+        "names = {type(f).__name__ for f in vars(_triton_tiles).values()}\n"
+        "print('InterpretedFunction' in names, 'JITFunction' in names)"
+    )
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).resolve().parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "True False\n", done.stderr
