@@ -111,7 +111,7 @@ def _on_gpu(problem: Any) -> list[str]:
     architecture = _launch.architecture(torch.device("cuda", problem.index))
     if architecture < 80 and problem.dtype == torch.bfloat16:
         return ["this GPU multiplies no bfloat16, which needs compute capability 8.0"]
-    obstacle = CUDA.missing(str(architecture))
+    obstacle = CUDA.missing(str(architecture)).removeprefix("nlkernels: ")
     return [obstacle] if obstacle else []
 
 

@@ -75,7 +75,7 @@ def unserved(problem: Any) -> list[str]:
     if problem.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         return [f"its kernels serve {known}, not {problem.dtype_name}"]
-    obstacle = missing()
+    obstacle = missing().removeprefix("nlkernels: ")
     return [obstacle] if obstacle else []
 
 
@@ -312,10 +312,11 @@ class Extension:
             )
         asked = _env.read("NLKERNELS_JIT")
         if asked != "1":
-            got = "NLKERNELS_JIT=0" if asked == "0" else f"NLKERNELS_JIT={asked!r}"
+            never = "NLKERNELS_JIT=0, which forbids to compile it"
+            got = never if asked == "0" else f"got NLKERNELS_JIT={asked!r}, neither 0 nor 1"
             raise ExtensionError(
-                f"nlkernels: expected native code that is installed or cached, or NLKERNELS_JIT=1 "
-                f"to compile it, got {got}; unset it, or install with NLKERNELS_BUILD=1"
+                "nlkernels: expected native code that is installed or cached, got none, and "
+                f"{got}; unset it, or install with NLKERNELS_BUILD=1"
             )
         _build.find_ninja()
         _build.python_headers()

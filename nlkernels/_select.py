@@ -170,15 +170,13 @@ def _runs(op: str, backend: str, problem: Any, direction: str) -> bool:
 
 
 def preference(op: str, problem: Any, direction: str = "forward") -> list[tuple[str, str]]:
-    """Backends from the fastest on, each with the measurement that says so.
+    """Backends from the fastest on, each with the reason to take it.
 
-    That speaks for the first: the others run where those before them cannot.
+    A measurement speaks for the first: the others run where those before them cannot.
     """
     order, because = _order(op, problem, direction)
-    return [
-        (backend, f"next after {order[0]} ({because})" if number else because)
-        for number, backend in enumerate(order)
-    ]
+    later = f"next after {order[0]}, which comes first here but cannot run ({because})"
+    return [(backend, later if number else because) for number, backend in enumerate(order)]
 
 
 def _order(op: str, problem: Any, direction: str) -> tuple[list[str], str]:
@@ -280,17 +278,25 @@ def explain(op: str, problem: Any, requested: str) -> Explanation:
         elif backend == "reference":
             reasons[backend] = f"{operation.drawback}; runs only when asked for"
         elif backend in order:
-            because = order.get(chosen, "nothing before it serves this problem")
-            # An order that nobody measured says so.
-            measured_so = chosen == next(iter(order)) and "unverified" not in because
-            behind = "slower than" if measured_so else "comes after"
-            reasons[backend] = f"{behind} {chosen}: {because}"
+            reasons[backend] = _compared(backend, chosen, order)
         else:
             reasons[backend] = f"not measured to be faster than {chosen} here"
         if backend in VERIFIED and not reason:
             reasons[backend] += _standing(op, backend, problem)
     reasons[chosen] += passes
     return Explanation(f"{op}: {problem}", chosen, reasons)
+
+
+def _compared(backend: str, chosen: str, order: Mapping[str, str]) -> str:
+    """Why a backend of an order does not run, but another one."""
+    places = list(order)
+    if chosen not in order or places.index(backend) < places.index(chosen):
+        return f"would come before {chosen}"
+    if chosen != places[0]:
+        return f"comes after {chosen}"
+    # An order that nobody measured says so.
+    behind = "comes after" if "unverified" in order[chosen] else "slower than"
+    return f"{behind} {chosen}: {order[chosen]}"
 
 
 def _refused(op: str, backend: str, problem: Any) -> str:

@@ -213,7 +213,10 @@ def test_other_systems(sources, monkeypatch):
 
 def test_no_compilation_when_told_so(sources, monkeypatch, cache):
     monkeypatch.setenv("NLKERNELS_JIT", "0")
-    assert "NLKERNELS_JIT=0; unset it, or install with NLKERNELS_BUILD=1" in _toy(sources).missing()
+    assert _toy(sources).missing() == (
+        "nlkernels: expected native code that is installed or cached, got none, and "
+        "NLKERNELS_JIT=0, which forbids to compile it; unset it, or install with NLKERNELS_BUILD=1"
+    )
     with pytest.raises(ExtensionError, match="NLKERNELS_JIT=0"):
         _toy(sources).load()
     monkeypatch.setenv("NLKERNELS_JIT", "perhaps")
