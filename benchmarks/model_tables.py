@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .op_rows import wrapped
+
 Row = Mapping[str, Any]
 
 _MODEL_HEAD = (
@@ -136,7 +138,7 @@ def _print_notes(rows: Sequence[Row]) -> None:
         elif row["error"] and row["provider"] != row["judged_by"]:
             print(f"  {row['provider']} is off {row['judged_by']} by {_off(row['error'])}")
     for (status, reason), names in reasons.items():
-        print(f"  {', '.join(names)} {status}: {reason[:200]}")
+        print(wrapped(f"  {', '.join(names)} {status}: {reason}"))
 
 
 def _off(errors: Mapping[str, Mapping[str, float]]) -> str:

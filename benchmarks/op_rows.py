@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -125,7 +126,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         label = row["provider"] + (f" ({row['backend']})" if row["backend"] else "")
         if row["status"] != "ok":
-            print(f"  {label:20} {row['status']}: {row['reason'][:90]}", flush=True)
+            print(wrapped(f"  {label:20} {row['status']}: {row['reason']}"), flush=True)
             continue
         times = row["time_ms"]
         over = "  ".join(
@@ -140,6 +141,13 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
             f"  {row['peak_mib']:8.1f} MiB  {of_peak}{over}",
             flush=True,
         )
+
+
+def wrapped(text: str, width: int = 120) -> str:
+    """A line of a report, with what is too long for it below and further in."""
+    indent = " " * (len(text) - len(text.lstrip()))
+    lines = textwrap.wrap(text.strip(), width, initial_indent=indent, subsequent_indent=indent * 3)
+    return "\n".join(lines)
 
 
 def exit_code(program: str, rows: list[dict[str, Any]]) -> int:

@@ -9,6 +9,8 @@ import argparse
 import functools
 import importlib.util
 import json
+import os
+import select
 import shlex
 import sys
 import traceback
@@ -29,9 +31,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; those of the process if None.
 
     Returns:
-        Exit code: 0, 1 for a run that broke off, 2 for a mistake of the user.
+        Exit code: 0, 1 for a run that broke off, 2 for a mistake of the user, 130 where Ctrl-C
+        ended it, 141 where the reader of its output has gone, as in `nlk models | head -1`.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        try:
+            return _main(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            # Here, where a reader that has gone is no error; --help ends the process.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left is written at the end of the process: to nobody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _main(argv: list[str]) -> int:
     arguments = _parsed(argv)
     try:
         with warnings.catch_warnings():
@@ -41,10 +57,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("nlk: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            raise
         if arguments.debug:
             traceback.print_exc()
         print(f"nlk {arguments.command}: {_one_line(error)}", file=sys.stderr)
         return 2 if _is_mistake_of_the_user(error) else 1
+
+
+def _reader_has_gone() -> bool:
+    """Whether the pipe that broke is the one of standard output."""
+    try:
+        watch = select.poll()
+        watch.register(sys.stdout.fileno(), 0)
+    except (AttributeError, OSError, ValueError):
+        # A system without polling, or an output that is no file.
+        return False
+    return bool(watch.poll(0))
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:

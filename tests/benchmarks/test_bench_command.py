@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nlkernels import cli
-from nlkernels.benchmarks import bench_command, results
+from nlkernels.benchmarks import bench_command, model_tables, op_rows, results
 from nlkernels.benchmarks.asked import FORMS, block_case, op_cases
 from nlkernels.models import list_models
 from nlkernels.modules.presets import PRESETS
@@ -206,3 +206,16 @@ def test_modules_find_each_other_under_either_name():
 def test_json_is_valid_for_other_readers(tmp_path):
     run(tmp_path, "relu", *SMALL, "--providers", "naive")
     assert json.loads((tmp_path / "run.json").read_text())["schema"] == results.SCHEMA
+
+
+def test_reasons_are_shown_whole_and_wrapped(capsys) -> None:
+    reason = " ".join(f"word{number}" for number in range(60))
+    row = {"case": "x", "kind": "softmax", "dtype": "float32", "pass": "forward", "shape": {"B": 1}}
+    row |= {"provider": "cpp", "backend": None, "status": "unserved", "reason": reason}
+    op_rows.print_rows([row])
+    model_tables._print_notes([row])
+    for printed in capsys.readouterr().out.split("  cpp")[1:]:
+        assert printed.split()[:1] == ["unserved:"] and printed.split()[1:] == reason.split()
+        lines = printed.splitlines()
+        assert len(lines) > 3 and max(map(len, lines)) <= 120
+        assert all(line.startswith("      word") for line in lines[1:])
