@@ -62,6 +62,8 @@ class Findings:
     """Expected peak: what is held, and what the larger of step and test takes."""
     disk_mib: float | None = None
     """Space of checkpoints and log."""
+    finished: bool = False
+    """All steps of the run that would be continued have been taken; nothing else was tried."""
 
 
 def dry_run(config: Config) -> Findings:
@@ -85,8 +87,16 @@ def dry_run(config: Config) -> Findings:
         processes.means(0.0)
     for problem in found.problems:
         print(f"problem: {problem}")
-    print("dry run: " + ("the training can start" if not found.problems else "not yet"), flush=True)
+    print(f"dry run: {_conclusion(found)}", flush=True)
     return found
+
+
+def _conclusion(found: Findings) -> str:
+    if found.problems:
+        return "not yet"
+    if found.finished:
+        return "the training is finished, it would only be tested; raise optim.steps to go on"
+    return "the training can start"
 
 
 def _elsewhere(config: Config, folder: Path) -> Config:
@@ -129,6 +139,9 @@ def _dry_run(config: Config, processes: Processes) -> Findings:
         check_steps(resumed["step"], steps, config)
         session.resume(resumed)
         print(f"resumed at step {session.step} of {steps}")
+        found.finished = session.step == steps
+    if found.finished:
+        return found
     try:
         _rehearse(found, session, data, config, processes, steps)
     except RuntimeError as error:

@@ -1,6 +1,7 @@
 """What ``nlk train`` and ``nlk compare`` share: the run folder, one training, its test."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,8 @@ def check_run(config: Config, processes: Processes = ALONE) -> torch.device:
 
     Raises:
         ValueError: An unknown or absent device, an unknown model or option of it, what cannot be
-            frozen in it, a batch that the processes cannot share, or a run folder that is a file.
+            frozen in it, a batch that the processes cannot share, or a run folder that is a file or
+            cannot be written.
         ImportError: A package is missing for what is logged.
     """
     require_one_process()
@@ -61,12 +63,24 @@ def check_run(config: Config, processes: Processes = ALONE) -> torch.device:
         freeze(build_model(config.model, 2, seed=0), config.optim)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    out = Path(config.run.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(
-            f"run: expected run.out to name a folder, got the file {out}; choose another name"
-        )
+    _check_folder(Path(config.run.out))
     return device
+
+
+def _check_folder(out: Path) -> None:
+    """Raise where the run folder cannot be made, or nothing can be written into it."""
+    nearest = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        where = "" if nearest == out else f" in the way of {out}"
+        raise ValueError(
+            f"run: expected run.out to name a folder, got the file {nearest}{where}; choose "
+            "another name"
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"run: expected a run.out that can be written, got {out} and no permission to write "
+            f"into {nearest}; choose another folder, or change its permissions"
+        )
 
 
 def prepare(config: Config, processes: Processes = ALONE) -> tuple[Path, torch.device]:

@@ -44,6 +44,25 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, ar
     assert part in err
 
 
+@pytest.mark.parametrize("command", [["train"], ["train", "--dry-run"], ["compare"]], ids=" ".join)
+def test_a_run_folder_that_cannot_be(capsys, tmp_path, monkeypatch, command):
+    def run_in(out):
+        return run(capsys, *command, "smoke", f"run.out={out}")
+
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/below", "file/a/b"):
+        code, _, err = run_in(tmp_path / out)
+        assert code == 2 and err.count("\n") == 1
+        assert f"expected run.out to name a folder, got the file {tmp_path / 'file'}" in err
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert "got the file" in run_in(tmp_path / "link")[2]
+    # Those who run tests may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    code, _, err = run_in(tmp_path / "new" / "run")
+    assert code == 2 and f"no permission to write into {tmp_path}; choose another folder" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
 def test_no_videos_in_the_folder(capsys, tmp_path):
     out = f"run.out={tmp_path / 'out'}"
     code, _, err = run(capsys, "train", "demo_videos", f"data.root={tmp_path}", out)
@@ -146,3 +165,32 @@ def test_info(capsys):
     assert code == 0
     assert "torch" in out
     assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "unbuffered"),
+    [("models", ""), ("models", "1"), ("--help", "")],
+    ids=["flushed", "unbuffered", "at the end"],
+)
+def test_a_reader_that_goes_away_ends_a_command_quietly(argv, unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "nlkernels.cli", argv],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(capsys, monkeypatch):
+    def breaks(arguments, command):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(cli._COMMANDS, "info", breaks)
+    code, _, err = run(capsys, "info")
+    assert code == 2 and "Broken pipe" in err

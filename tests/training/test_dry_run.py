@@ -48,6 +48,10 @@ def test_takes_the_first_steps_of_the_training_and_writes_nothing(
     assert main(["train", *argv]) == 0
     taken = steps_of(tmp_path / "runs" / "smoke" / "model.jsonl")
     assert found.losses == [step["loss"] for step in taken[:2]]
+    capsys.readouterr()
+    assert main(["train", *argv, "run.resume=auto", "--dry-run"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("dry run: the training is finished, it would only be tested; raise")
 
 
 @pytest.mark.gate
