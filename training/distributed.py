@@ -5,6 +5,7 @@ process alone writes and prints. What a process draws at random depends on its r
 computes does not depend on their number where no layer looks at other clips.
 """
 
+import inspect
 import os
 import sys
 from collections.abc import Iterator
@@ -179,4 +180,7 @@ def parallel(model: nn.Module, device: torch.device, processes: Processes) -> nn
     if processes.count == 1:
         return model
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    # Known from torch 2.13 on; the older name means the same, as all processes start equal.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, device_ids=devices, **{name: False})

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -305,3 +306,18 @@ def test_more_processes_than_gpus():
     with pytest.raises(ValueError, match=r"expected run.device auto or cuda for 2 processes"):
         choose_device("cuda:0", Processes(0, 2))
     assert choose_device("cpu", Processes(1, 2, local_rank=1)) == torch.device("cpu")
+
+
+def test_statistics_stay_each_process_s_own_without_a_warning(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            network = distributed.parallel(
+                torch.nn.BatchNorm1d(3), torch.device("cpu"), Processes(count=2)
+            )
+        assert not network.broadcast_buffers
+        network(torch.randn(4, 3))
+    finally:
+        torch.distributed.destroy_process_group()
