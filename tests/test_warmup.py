@@ -38,7 +38,7 @@ def tunable() -> SimpleNamespace:
         return chunked.forward(query, key, value, scale)
 
     def backward(*arguments):
-        time.sleep(0.002)
+        time.sleep(0.02)
         return chunked.backward(*arguments)
 
     return SimpleNamespace(forward=forward, backward=backward)

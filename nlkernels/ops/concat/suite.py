@@ -5,11 +5,13 @@ Sums of the scores lie on both sides of zero, and some are exactly zero: scores 
 several; scores far from zero show sums that cancel.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from nlkernels._spec import Problem
+from nlkernels.ops._operand_suite import backward as backward
+from nlkernels.ops._operand_suite import forward as forward
 from nlkernels.ops.concat import reference
 
 # V that `nlk verify` checks when none is named: that of the published blocks.
@@ -73,22 +75,6 @@ def operands(trial: Trial, dtype: torch.dtype, device: torch.device) -> tuple[to
 def definition(trial: Trial, *tensors: torch.Tensor) -> torch.Tensor:
     """The output in plain PyTorch, differentiable."""
     return reference.attend(*tensors)
-
-
-def forward(module: Any, trial: Trial, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Output of a backend, and what its backward wants back."""
-    return (module.forward(*tensors),)
-
-
-def backward(
-    module: Any,
-    trial: Trial,
-    grad: torch.Tensor,
-    tensors: tuple[torch.Tensor, ...],
-    kept: tuple[torch.Tensor, ...],
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of a backend, from what a forward returned."""
-    return module.backward(grad, *tensors)
 
 
 def like(tensors: tuple[torch.Tensor, ...]) -> Trial:

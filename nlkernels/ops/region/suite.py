@@ -4,10 +4,12 @@ Frames of odd sizes and below the kernel's leave tails in every tile; many chann
 take several tiles in each split of the weight's gradient.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from nlkernels.ops._operand_suite import backward as backward
+from nlkernels.ops._operand_suite import forward as forward
 from nlkernels.ops.region import problem as region
 from nlkernels.ops.region import reference
 
@@ -70,22 +72,6 @@ def operands(trial: Trial, dtype: torch.dtype, device: torch.device) -> tuple[to
 def definition(trial: Trial, *tensors: torch.Tensor) -> torch.Tensor:
     """The output in plain PyTorch, differentiable."""
     return reference.aggregate(*tensors)
-
-
-def forward(module: Any, trial: Trial, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Output of a backend, and what its backward wants back."""
-    return (module.forward(*tensors),)
-
-
-def backward(
-    module: Any,
-    trial: Trial,
-    grad: torch.Tensor,
-    tensors: tuple[torch.Tensor, ...],
-    kept: tuple[torch.Tensor, ...],
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of a backend, from what a forward returned."""
-    return module.backward(grad, *tensors)
 
 
 def like(tensors: tuple[torch.Tensor, ...]) -> Trial:
