@@ -7,8 +7,10 @@ import time
 import pytest
 import torch
 
+from benchmarks import results
 from nlkernels import replace_nonlocal
 from nlkernels.patching.view import FEW_SCORES
+from tests.patching import measure
 from tests.patching.blocks import randomised
 from tests.patching.packages.ops.rnl import NONLocalBlock3D as Regions
 from tests.patching.packages.slowfast.models.nonlocal_helper import Nonlocal
@@ -44,6 +46,47 @@ def ratio(theirs, shape, rounds=5):
 def test_long_clips_are_faster(make, least, monkeypatch):
     monkeypatch.delenv("NLKERNELS_BACKEND")
     assert ratio(randomised(make()), (1, 512, 4, 28, 28)) >= least
+
+
+# With 2.5 million scores; how much faster a block has to be that holds as many numbers as that.
+@pytest.mark.gate
+@pytest.mark.parametrize(
+    ("system", "least", "rounds"),
+    [
+        ("alexhex7-gaussian", 1 / 1.05, 3),
+        ("alexhex7-softmax", 1 / 1.05, 3),
+        ("alexhex7-dot_product", 1.5, 3),
+        ("alexhex7-concat", 1.5, 1),
+        ("tsm-softmax", 1 / 1.05, 3),
+        ("timm-softmax", 1 / 1.05, 3),
+        ("rnl-region_softmax", 1.5, 1),
+    ],
+)
+def test_every_system(system, least, rounds, monkeypatch):
+    monkeypatch.delenv("NLKERNELS_BACKEND")
+    shape = (4, 128, 28, 28) if system.startswith("timm") else (1, 128, 4, 28, 28)
+    assert ratio(randomised(measure.SYSTEMS[system](128, [3, 7, 7])), shape, rounds) >= least
+
+
+@pytest.mark.gate
+def test_measurement(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "STAGES", {"small": ((16, 2, 6, 5), [3, 3, 3])})
+    path = tmp_path / "patched.json"
+    options = ["--systems", "slowfast-softmax,timm-softmax", "--rounds", "1", "--out", str(path)]
+    assert measure.main(options) in (0, 1)  # others may be busy
+    rows = results.load(path)["rows"]
+    assert [row["case"] for row in rows] == ["slowfast/small"] * 2 + ["timm/small"] * 2
+    assert {row["provider"] for row in rows} == {"original", "patched"}
+    assert all(row["status"] == "ok" and row["peak_mib"] > 0 for row in rows)
+    ratio = rows[0]["time_ms"]["p50"] / rows[1]["time_ms"]["p50"]
+    assert rows[1]["speedup_over"]["best_other"] == pytest.approx(ratio, rel=1e-4)
+    rows[1]["speedup_over"]["best_other"], rows[3]["speedup_over"]["best_other"] = 0.9, 0.96
+    assert measure.slower(rows) == {"slowfast/small": 0.9}
+
+
+def test_committed_measurements_are_no_slower():
+    for path in results.RESULTS.glob("*/*-patched.json"):
+        assert not measure.slower(results.load(path)["rows"]), path
 
 
 @pytest.mark.gate
