@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -92,8 +92,8 @@ def run_best(
     kernel: str,
     problem: tuple,
     device: torch.device,
-    candidates: Sequence[Config],
-    run: Callable[[Config], None],
+    candidates: Sequence[Any],
+    run: Callable[[Any], None],
 ) -> None:
     """Call `run` with the configuration known to be the fastest, else with the first candidate.
 
@@ -101,7 +101,7 @@ def run_best(
         kernel: its name, "softmax_fused".
         problem: sizes and dtype; decides the bucket.
         device: where it runs.
-        candidates: at most 6; the first is the shipped default.
+        candidates: at most 6, each a Config or other named tuple; the first is the shipped default.
         run: launches the kernel; may be called several times while timing.
     """
     if kernel in _forced:
@@ -117,8 +117,7 @@ def run_best(
     else:
         config = _measured(kernel, problem, device)
     # What is legal depends on more than the bucket: on the operands' alignment, for example.
-    if config is None or config not in candidates:
-        config = candidates[0]
+    config = candidates[candidates.index(config)] if config in candidates else candidates[0]
     instead = _fitting.get((kernel, config))
     if instead in candidates:
         config = instead
@@ -152,14 +151,15 @@ def _run_another(
     raise refusal
 
 
-def _measured(kernel: str, problem: tuple, device: torch.device) -> Config | None:
+def _measured(kernel: str, problem: tuple, device: torch.device) -> tuple | None:
+    """The fields of the configuration that is known to be the fastest."""
     configs = _cache.section(device)["configs"]
     if not configs:
         return None
     asked = ("config", kernel, problem, device, _launch.precision(torch.float32))
     if asked not in _cache.memo:
         entry = configs.get(bucket(kernel, problem, device))
-        _cache.remember(asked, None if entry is None else Config(*entry["config"]))
+        _cache.remember(asked, None if entry is None else tuple(entry["config"]))
     return _cache.memo.get(asked)
 
 

@@ -150,6 +150,9 @@ Error run_backward(const AttentionBackward& call, const Launch& where) {
 Error attention_forward_float16(const AttentionForward& call, const Launch& where);
 Error attention_forward_bfloat16(const AttentionForward& call, const Launch& where);
 Error attention_forward_float32(const AttentionForward& call, const Launch& where);
+Error attention_delta_float16(const AttentionBackward& call, const Launch& where);
+Error attention_delta_bfloat16(const AttentionBackward& call, const Launch& where);
+Error attention_delta_float32(const AttentionBackward& call, const Launch& where);
 Error attention_backward_float16(const AttentionBackward& call, const Launch& where);
 Error attention_backward_bfloat16(const AttentionBackward& call, const Launch& where);
 Error attention_backward_float32(const AttentionBackward& call, const Launch& where);

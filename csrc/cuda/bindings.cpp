@@ -52,5 +52,6 @@ PYBIND11_MODULE(_C_cuda, module) {
   bind_region(module);
 #ifdef NLK_WITH_SM_90A
   bind_hopper_attention(module);
+  bind_hopper_d_scores(module);
 #endif
 }

@@ -71,7 +71,7 @@ def backward(
     native, factor = _cuda.module(query), _factor(affinity, key, scale)
     weight_units = _units(affinity, query, key, factor)
     gradient_units = _units(affinity, grad, value, factor)
-    delta = query.new_empty(batch, rows if affinity == SOFTMAX else 0, dtype=torch.float32)
+    row_sums = query.new_empty(batch, rows if affinity == SOFTMAX else 0, dtype=torch.float32)
     problem = _problem(native, affinity, query, key, value, factor)
     inputs = (grad, query, key, value, grad if out is None else out)
     native.attention_backward(
@@ -79,11 +79,25 @@ def backward(
         problem,
         *(_cuda.operand(t) for t in (*inputs, *grads)),
         _address(stats),
-        delta.data_ptr(),
+        row_sums.data_ptr(),
         _address(weight_units),
         _address(gradient_units),
     )
     return grads
+
+
+def delta(grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Return the row sums (B,N) of grad out (B,N,V) in float32, which a softmax backward needs."""
+    sums = grad.new_empty(grad.shape[:2], dtype=torch.float32)
+    _cuda.module(grad).attention_delta(
+        _cuda.stream(grad),
+        DTYPES[grad.dtype],
+        tuple(grad.shape),
+        _cuda.operand(grad),
+        _cuda.operand(out),
+        sums.data_ptr(),
+    )
+    return sums
 
 
 def _factor(affinity: int, key: torch.Tensor, scale: float) -> float:

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from nlkernels import _cuda, _paths
+from tests.cuda import emulated
 
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wno-unknown-pragmas")
 _FILES = ("test/cuda/hopper/emulate.cpp", "test/cuda/hopper/machine.cpp")
@@ -61,6 +62,12 @@ def _array(kind: type, numbers) -> ctypes.Array:
     return (kind * len(numbers))(*numbers)
 
 
+def _operands(operands) -> tuple[ctypes.Array, ctypes.Array]:
+    addresses = _array(ctypes.c_void_p, (address for address, *_ in operands))
+    strides = (stride for _, *strides in operands for stride in strides)
+    return addresses, _array(ctypes.c_longlong, strides)
+
+
 class Model:
     """Stands in for the module of CUDA kernels, with the signature of its bindings."""
 
@@ -74,19 +81,44 @@ class Model:
         self, where, plan, dtype, blocks, factors, sizes, query, key, value, out, stats
     ) -> None:
         self.plans.append(plan)
-        operands = (query, key, value)
         error = library().emulate_forward(
             _array(ctypes.c_int, map(int, plan)),
             dtype,
             self.blocks,
             _array(ctypes.c_float, factors),
             _array(ctypes.c_longlong, sizes),
-            _array(ctypes.c_void_p, (address for address, *_ in operands)),
-            _array(ctypes.c_longlong, (stride for _, *strides in operands for stride in strides)),
+            *_operands((query, key, value)),
             ctypes.c_void_p(out),
             ctypes.c_void_p(stats),
             self.seed,
         )
+        self._check(error)
+
+    def hopper_d_scores_shared(self, plan: tuple) -> int:
+        return library().emulate_d_scores_shared(_array(ctypes.c_int, plan))
+
+    def hopper_d_scores(
+        self, where, plan, dtype, blocks, factors, sizes, operands, given, workspace
+    ) -> None:
+        self.plans.append(plan)
+        error = library().emulate_d_scores(
+            _array(ctypes.c_int, map(int, plan)),
+            dtype,
+            self.blocks,
+            _array(ctypes.c_float, factors),
+            _array(ctypes.c_longlong, sizes),
+            *_operands(operands),
+            _array(ctypes.c_void_p, given),
+            _array(ctypes.c_void_p, workspace),
+            self.seed,
+        )
+        self._check(error)
+
+    def attention_delta(self, *arguments) -> None:
+        """Of the portable kernels, which another emulation runs."""
+        emulated.module().attention_delta(*arguments)
+
+    def _check(self, error: int) -> None:
         if error:
             raise RuntimeError(f"the emulated kernel failed with {error}")
 

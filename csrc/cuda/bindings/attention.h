@@ -34,6 +34,20 @@ inline void bind_attention(py::module_& module) {
                                                       address<const float>(units)};
                check(nlk::cuda::attention_forward(call, launch(where)));
              });
+  // delta (B,N) of grad and out (B,N,V), whose sizes these are.
+  module.def("attention_delta", [](const PyLaunch& where, int dtype, const Sizes<3>& sizes,
+                                   const PyOperand& grad, const PyOperand& out,
+                                   std::uintptr_t delta) {
+    nlk::cuda::AttentionBackward call{};
+    call.problem.dtype = static_cast<nlk::cuda::Dtype>(dtype);
+    call.problem.batch = sizes[0];
+    call.problem.queries = sizes[1];
+    call.problem.value_depth = sizes[2];
+    call.grad = operand(grad);
+    call.out = operand(out);
+    call.delta = address<float>(delta);
+    check(nlk::cuda::attention_delta(call, launch(where)));
+  });
   module.def("attention_backward",
              [](const PyLaunch& where, const AttentionProblem& problem, const PyOperand& grad,
                 const PyOperand& query, const PyOperand& key, const PyOperand& value,

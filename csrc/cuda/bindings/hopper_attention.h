@@ -34,6 +34,54 @@ inline void bind_hopper_attention(py::module_& module) {
              });
 }
 
+// channel_first, tile_keys, cluster, slots: `cuda_hopper_backward_plan.Plan`.
+using PyHopperBackwardPlan = std::tuple<bool, int, int, int>;
+
+inline nlk::cuda::HopperBackwardPlan hopper_plan(const PyHopperBackwardPlan& from) {
+  const auto [channel_first, tile_keys, cluster, slots] = from;
+  return {channel_first, tile_keys, cluster, slots};
+}
+
+inline void bind_hopper_d_scores(py::module_& module) {
+  module.def("hopper_d_scores_shared", [](const PyHopperBackwardPlan& plan) {
+    return nlk::cuda::hopper_d_scores_shared(hopper_plan(plan));
+  });
+  // factors: factor, scale, tolerance; sizes: items, N, first row, rows, M, D, V; operands: query, key,
+  // grad, value; given: top, total, delta; workspace: sums, weights, d_scores.
+  module.def("hopper_d_scores",
+             [](const PyLaunch& where, const PyHopperBackwardPlan& plan, int dtype, int blocks,
+                const std::array<float, 3>& factors, const Sizes<7>& sizes,
+                const std::array<PyOperand, 4>& operands,
+                const std::array<std::uintptr_t, 3>& given,
+                const std::array<std::uintptr_t, 3>& workspace) {
+               nlk::cuda::HopperDScores arguments{};
+               arguments.plan = hopper_plan(plan);
+               arguments.dtype = dtype;
+               arguments.blocks = blocks;
+               arguments.factor = factors[0];
+               arguments.scale = factors[1];
+               arguments.tolerance = factors[2];
+               arguments.items = sizes[0];
+               arguments.queries = sizes[1];
+               arguments.first = sizes[2];
+               arguments.rows = sizes[3];
+               arguments.keys = sizes[4];
+               arguments.depth = sizes[5];
+               arguments.value_depth = sizes[6];
+               arguments.query = operand(operands[0]);
+               arguments.key = operand(operands[1]);
+               arguments.grad = operand(operands[2]);
+               arguments.value = operand(operands[3]);
+               arguments.top = address<const float>(given[0]);
+               arguments.total = address<const float>(given[1]);
+               arguments.delta = address<const float>(given[2]);
+               arguments.sums = address<float>(workspace[0]);
+               arguments.weights = address<void>(workspace[1]);
+               arguments.d_scores = address<void>(workspace[2]);
+               check(nlk::cuda::hopper_d_scores(arguments, launch(where)));
+             });
+}
+
 }  // namespace
 
 #endif  // NLK_CUDA_BINDINGS_HOPPER_ATTENTION_H_

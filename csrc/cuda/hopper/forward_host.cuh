@@ -2,13 +2,11 @@
 #ifndef NLK_CUDA_HOPPER_FORWARD_HOST_CUH_
 #define NLK_CUDA_HOPPER_FORWARD_HOST_CUH_
 
-#include "cuda/hopper/launch.cuh"
+#include "cuda/hopper/maps.cuh"
 #include "cuda/hopper/parameters.h"
 #include "nlk/cuda/hopper_attention.h"
 
 namespace nlk::cuda::hopper {
-
-constexpr int kBfloat16Code = 2;
 
 // What a file of kernels offers: each serves the plans of one form.
 Error forward_rows(const HopperForward&, const Launch&);
@@ -28,20 +26,6 @@ inline SharedPlan shared_plan(const HopperPlan& plan, std::int64_t depth) {
                         plan.value_slots, plan.split, plan.streamed);
 }
 
-// A (B,R,C) operand in boxes of `rows` x 64; where channels come first, boxes are 64 x 64 and a line runs
-// along the rows. Where there is one item, its stride may be anything.
-inline Error operand_map(TensorMap& map, const HopperForward& a, const Operand& from, std::int64_t rows,
-                         std::int64_t channels, int box_rows) {
-  const bool first = a.plan.channel_first;
-  const std::int64_t line = first ? from.channel : from.row;
-  const std::int64_t sizes[3] = {first ? rows : channels, first ? channels : rows, a.batch};
-  const std::int64_t strides[3] = {first ? from.row : from.channel, line,
-                                   a.batch == 1 ? line : from.item};
-  if (strides[0] != 1) return cudaErrorInvalidValue;
-  return make_map(map, a.dtype == kBfloat16Code, from.data, sizes, strides,
-                  first ? kLineNumbers : box_rows);
-}
-
 template <class Form>
 Error run_forward(void (*kernel)(TensorMap, TensorMap, TensorMap, ForwardParameters),
                   const HopperForward& a, const Launch& where) {
@@ -50,11 +34,11 @@ Error run_forward(void (*kernel)(TensorMap, TensorMap, TensorMap, ForwardParamet
   // Of the maps too: a thread that has not used the device yet has no context to make them in.
   const OnDevice device(where.device);
   TensorMap query, key, value;
+  const Maps maps{a.dtype == kBfloat16Code, a.plan.channel_first, a.batch};
   Error error = device.error();
-  if (error == cudaSuccess) error = operand_map(query, a, a.query, a.queries, a.depth, 64);
-  if (error == cudaSuccess) error = operand_map(key, a, a.key, a.keys, a.depth, Form::kKeys);
-  if (error == cudaSuccess)
-    error = operand_map(value, a, a.value, a.keys, a.value_depth, Form::kKeys);
+  if (error == cudaSuccess) error = maps.make(query, a.query, a.queries, a.depth, 64);
+  if (error == cudaSuccess) error = maps.make(key, a.key, a.keys, a.depth, Form::kKeys);
+  if (error == cudaSuccess) error = maps.make(value, a.value, a.keys, a.value_depth, Form::kKeys);
   if (error != cudaSuccess) return error;
   const ForwardParameters parameters{static_cast<int>(a.batch),
                                      static_cast<int>(a.queries),

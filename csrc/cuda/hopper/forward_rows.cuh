@@ -67,7 +67,8 @@ struct RowsKernel {
     while (work.take(p, rank)) {
 #pragma unroll 1
       for (int tile = key_tiles - 1; tile >= 0; --tile) {
-        copy_keys<Form>(query_map, key_map, keys, tile, work.row, work.item, rank, p);
+        copy_keys<Form, kRows>(query_map, key_map, keys, tile, work.row, work.item, rank,
+                               p.depth_chunks);
       }
     }
   }
@@ -95,16 +96,16 @@ struct RowsKernel {
       RowState state(p.factor);
 
       barrier_wait(query_full, parity);
-      int last = issue_scores<Form>(scores, keys, rows, kQueryChunk, lane, p);
+      int last = issue_scores<Form>(scores, keys, rows, kQueryChunk, lane, p.depth_chunks);
       await_scores<Form, 0>(scores, keys, last, lane);
       if (p.keys % kKeys != 0) mask(scores, thread, p.keys % kKeys, p.factor);
-      weigh(scores, state, fade, p);
+      weigh(scores, state, fade, p.factor, p.shift);
       round_weights<typename Form::Number>(scores, weights);
       for (int tile = key_tiles - 2; tile >= 0; --tile) {
-        last = issue_scores<Form>(scores, keys, rows, kQueryChunk, lane, p);
+        last = issue_scores<Form>(scores, keys, rows, kQueryChunk, lane, p.depth_chunks);
         issue_sums<Form>(sums, weights, values, tile < key_tiles - 2);
         await_scores<Form, 1>(scores, keys, last, lane);
-        weigh(scores, state, fade, p);
+        weigh(scores, state, fade, p.factor, p.shift);
         await_sums<Form>(sums, values, lane);
         pin(weights);
         round_weights<typename Form::Number>(scores, weights);

@@ -35,7 +35,7 @@ struct SplitKernel {
     const auto plan = SharedPlan::of(kRows, kKeys, p.depth_chunks, p.key_slots, p.value_slots, true,
                                      Form::kStreamed);
     const std::uint32_t start = shared_start();
-    query = start + plan.query;
+    query = Form::kStreamed ? 0 : start + plan.query;
     fades = start + plan.fades;
     query_full = start + plan.barriers;
     query_empty = query_full + kBarrierBytes;
@@ -75,7 +75,8 @@ struct SplitKernel {
     while (work.take(p, rank)) {
 #pragma unroll 1
       for (int tile = key_tiles - 1; tile >= 0; --tile) {
-        copy_keys<Form>(query_map, key_map, keys, tile, work.row, work.item, rank, p);
+        copy_keys<Form, kRows>(query_map, key_map, keys, tile, work.row, work.item, rank,
+                               p.depth_chunks);
       }
     }
   }
@@ -134,17 +135,17 @@ struct SplitKernel {
       RowState state(p.factor);
 
       if constexpr (!Form::kStreamed) barrier_wait(query_full, parity);
-      int last = issue_scores<Form>(scores, keys, query, kQueryChunk, lane, p);
+      int last = issue_scores<Form>(scores, keys, query, kQueryChunk, lane, p.depth_chunks);
       await_scores<Form, 0>(scores, keys, last, lane);
       if (p.keys % kKeys != 0) mask(scores, thread, p.keys % kKeys, p.factor);
-      weigh(scores, state, fade, p);
+      weigh(scores, state, fade, p.factor, p.shift);
       send_weights(scores, fade, thread);
       round_weights<typename Form::Number>(scores, rounded);
       for (int tile = key_tiles - 2; tile >= 0; --tile) {
-        last = issue_scores<Form>(scores, keys, query, kQueryChunk, lane, p);
+        last = issue_scores<Form>(scores, keys, query, kQueryChunk, lane, p.depth_chunks);
         issue_sums<Form>(sums, rounded, left, tile < key_tiles - 2);
         await_scores<Form, 1>(scores, keys, last, lane);
-        weigh(scores, state, fade, p);
+        weigh(scores, state, fade, p.factor, p.shift);
         send_weights(scores, fade, thread);
         await_sums<Form>(sums, left, lane);
         pin(rounded);

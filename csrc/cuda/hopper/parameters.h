@@ -1,4 +1,4 @@
-// What the Hopper kernels of the softmax forward are told, and how they divide their shared memory.
+// What the Hopper kernels of softmax attention are told, and how they divide their shared memory.
 // Needs no CUDA: the tests of the formulas include it.
 #ifndef NLK_CUDA_HOPPER_PARAMETERS_H_
 #define NLK_CUDA_HOPPER_PARAMETERS_H_
@@ -31,8 +31,23 @@ struct ForwardParameters {
   float* stats;  // (2,B,N), dense: top, total
 };
 
+// A chunk: `rows` queries of each of `items`, from row `first` of their `queries` on.
+struct DScoresParameters {
+  int items, first, rows, queries, keys;
+  int depth_chunks, value_chunks;  // of query and key, of grad and value, 64 channels each
+  int slots;                       // of the ring
+  float factor, scale;             // factor = scale log2(e)
+  const float *top, *total;        // (items,N), dense
+  const float* delta;              // likewise
+  float* sums;                     // (3, tiles of keys, items x rows): of dS / scale, of its size, of P
+  void *weights, *d_scores;        // (items x rows, `line`): P and dS
+  std::int64_t line;               // `keys`, rounded up to a multiple of 8
+  float tolerance;                 // of the correction
+};
+
 // Bytes from the first swizzle atom on. Rows of the two kernels' query tiles: 128, or 64 of which
-// both warpgroups compute; a streamed query shares the slots of the keys.
+// both warpgroups compute; a streamed query shares the slots of the keys. Of d_scores.cuh the slots of
+// streamed queries and keys are all there is.
 struct SharedPlan {
   std::uint32_t query, key, value, weights, fades, barriers, end;
   int key_slot_bytes, value_slab_bytes;

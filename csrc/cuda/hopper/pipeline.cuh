@@ -54,8 +54,8 @@ struct Channel {
   }
 };
 
-// Tiles of queries, one after the other. Blocks of a cluster take neighbouring query tiles of one item, so that they share its keys; a block
-// beyond the last tile goes along, computes zeros and stores none of them.
+// Tiles of queries, one after the other. Blocks of a cluster take neighbouring ones of one item, so that
+// they share its keys; a block beyond the last tile goes along, computes zeros and stores none of them.
 template <int kBlocks, int kRows>
 struct Work {
   int tiles, tile, item, row;
@@ -74,6 +74,31 @@ struct Work {
     if (item >= p.batch) return false;
     row = (tile * kBlocks + rank) * kRows;
     tile += block_count() / kBlocks;
+    return true;
+  }
+};
+
+// Tiles of queries and keys of a chunk, the same way: the next rows of the same keys come first, then the
+// next keys. A row is one of the chunk.
+template <int kBlocks, int kRows>
+struct ChunkWork {
+  int row_tiles, key_tiles, row_tile, tile, item, row;
+
+  __device__ __forceinline__ ChunkWork(const DScoresParameters& p, int keys_of_tile)
+      : row_tiles(divide_up(divide_up(p.rows, kRows), kBlocks)), key_tiles(divide_up(p.keys, keys_of_tile)),
+        row_tile(block_index() / kBlocks), tile(0), item(0), row(0) {}
+
+  __device__ __forceinline__ bool take(const DScoresParameters& p, int rank) {
+    while (row_tile >= row_tiles) {
+      row_tile -= row_tiles;
+      if (++tile == key_tiles) {
+        tile = 0;
+        ++item;
+      }
+    }
+    if (item >= p.items) return false;
+    row = (row_tile * kBlocks + rank) * kRows;
+    row_tile += block_count() / kBlocks;
     return true;
   }
 };

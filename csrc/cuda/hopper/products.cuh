@@ -8,7 +8,7 @@ namespace nlk::cuda::hopper {
 
 // How a kernel takes its operands. kKeys: keys of a tile. kBlocks: blocks of a cluster that share keys
 // and values. kChannelFirst: all operands are (B,C,N) in memory. kStreamed: chunks of the queries are
-// copied again for every tile of keys, each into the slot of the chunk of keys it meets.
+// copied again for every tile of keys, each into the slot of the chunk of keys it meets, behind it.
 template <class Number_, int kKeys_, int kBlocks_, bool kChannelFirst_, bool kStreamed_>
 struct Form {
   using Number = Number_;
@@ -21,20 +21,32 @@ struct Form {
 
 // Copies, by one thread, which has few registers: nothing is unrolled.
 
-// Chunks of keys of one tile after the other; of `row`'s queries too where those are streamed.
-template <class Form>
+// One chunk of channels of kRows rows, 64 at a time: as many bytes further on.
+template <class Form, int kRows>
+__device__ __forceinline__ void copy_rows(const TensorMap& map, std::uint32_t destination,
+                                          std::uint32_t barrier, int row, int chunk, int item) {
+#pragma unroll
+  for (int part = 0; part < kRows; part += 64) {
+    copy_chunk<Form::kChannelFirst>(map, destination + static_cast<std::uint32_t>(part * kLineBytes),
+                                    barrier, row + part, chunk, item);
+  }
+}
+
+// Chunks of keys of one tile after the other; of the kRows queries from `row` on too where those are
+// streamed.
+template <class Form, int kRows>
 __device__ __forceinline__ void copy_keys(const TensorMap& query_map, const TensorMap& key_map,
                                           Channel& keys, int tile, int row, int item, int rank,
-                                          const ForwardParameters& p) {
+                                          int chunks) {
 #pragma unroll 1
-  for (int chunk = 0; chunk < p.depth_chunks; ++chunk) {
+  for (int chunk = 0; chunk < chunks; ++chunk) {
     keys.await_empty();
     const std::uint32_t to = keys.at(keys.ring.slot), full = keys.full(keys.ring.slot);
     barrier_expect(full, keys.slot_bytes);
     copy_shared_chunk<Form::kChannelFirst, Form::kBlocks>(key_map, to, full, tile * Form::kKeys, chunk,
                                                           item, rank);
     if constexpr (Form::kStreamed) {
-      copy_chunk<Form::kChannelFirst>(query_map, to + Form::kKeyChunk, full, row, chunk, item);
+      copy_rows<Form, kRows>(query_map, to + Form::kKeyChunk, full, row, chunk, item);
     }
     keys.ring.advance();
   }
@@ -57,30 +69,27 @@ __device__ __forceinline__ void copy_values(const TensorMap& value_map, Channel&
   values.ring.advance();
 }
 
-// The queries of a tile, 64 rows of a chunk at a time. They are one slot, with a barrier for "full" and
-// one for "empty".
+// The queries of a tile. They are one slot, with a barrier for "full" and one for "empty".
 template <class Form, int kRows>
 __device__ __forceinline__ void copy_queries(const TensorMap& query_map, std::uint32_t query,
                                              std::uint32_t full, int row, int item,
                                              const ForwardParameters& p) {
-  constexpr int kParts = kRows / 64, kPart = 64 * kLineBytes;
-  barrier_expect(full, p.depth_chunks * kParts * kPart);
+  constexpr int kQueryChunk = kRows * kLineBytes;
+  barrier_expect(full, p.depth_chunks * kQueryChunk);
 #pragma unroll 1
-  for (int chunk = 0; chunk < p.depth_chunks; ++chunk) {
-#pragma unroll
-    for (int part = 0; part < kParts; ++part, query += kPart) {
-      copy_chunk<Form::kChannelFirst>(query_map, query, full, row + 64 * part, chunk, item);
-    }
+  for (int chunk = 0; chunk < p.depth_chunks; ++chunk, query += kQueryChunk) {
+    copy_rows<Form, kRows>(query_map, query, full, row, chunk, item);
   }
 }
 
-// Issues one chunk of S = Q K^T, of the oldest keys.
+// Issues one chunk of S = Q K^T, of the oldest keys. Where the queries are streamed, `query` is where
+// those of this warpgroup begin in their chunk, else where their chunk lies.
 template <class Form>
 __device__ __forceinline__ void issue_chunk(float (&scores)[Form::kKeys / 2], const Channel& keys,
                                             std::uint32_t query, bool accumulate) {
   constexpr bool kTransposed = Form::kChannelFirst;
   const std::uint32_t key = keys.at(keys.ring.slot);
-  const std::uint64_t a = descriptor(Form::kStreamed ? key + Form::kKeyChunk : query, 0);
+  const std::uint64_t a = descriptor(Form::kStreamed ? key + Form::kKeyChunk + query : query, 0);
   const std::uint64_t b = descriptor(key, 0);
   keys.await_full();
   wgmma_fence();
@@ -93,18 +102,19 @@ __device__ __forceinline__ void issue_chunk(float (&scores)[Form::kKeys / 2], co
   wgmma_commit();
 }
 
-// Issues S = Q K^T of the next tile; chunks of the queries lie `query_chunk` bytes apart. All chunks of
-// keys but the last have been read and released when this returns; returns the slot of the last.
+// Issues S = Q K^T of the next tile; chunks of queries that stay lie `query_chunk` bytes apart. All
+// chunks of keys but the last have been read and released when this returns; returns the slot of the
+// last.
 // The first chunk stands before the loop: inside, ptxas serialises all products (C7515).
 template <class Form>
 __device__ __forceinline__ int issue_scores(float (&scores)[Form::kKeys / 2], Channel& keys,
                                             std::uint32_t query, int query_chunk, int lane,
-                                            const ForwardParameters& p) {
+                                            int chunks) {
   issue_chunk<Form>(scores, keys, query, false);
   int last = keys.ring.slot;
   keys.ring.advance();
-  for (int chunk = 1; chunk < p.depth_chunks; ++chunk) {
-    query += static_cast<std::uint32_t>(query_chunk);
+  for (int chunk = 1; chunk < chunks; ++chunk) {
+    if constexpr (!Form::kStreamed) query += static_cast<std::uint32_t>(query_chunk);
     issue_chunk<Form>(scores, keys, query, true);
     wgmma_wait<1>();
     keys.template release<Form::kBlocks>(last, lane);

@@ -30,15 +30,16 @@ __device__ __forceinline__ void mask(float (&products)[kCount], int thread, int 
   }
 }
 
-// Products become weights. What was summed with earlier tops is to be multiplied by `fade`.
+// Products become weights in units of 2^shift. What was summed with earlier tops is to be multiplied by
+// `fade`.
 template <int kCount>
 __device__ __forceinline__ void weigh(float (&products)[kCount], RowState& state, float (&fade)[2],
-                                      const ForwardParameters& p) {
+                                      float factor, float shift) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float before = state.top[half];
     float top = before;
-    if (p.factor < 0) {
+    if (factor < 0) {
 #pragma unroll
       for (int i = 2 * half; i < kCount; i += 4) top = fminf(top, fminf(products[i], products[i + 1]));
       top = fminf(top, shuffle_xor(top, 1));
@@ -51,14 +52,14 @@ __device__ __forceinline__ void weigh(float (&products)[kCount], RowState& state
     }
     state.top[half] = top;
     // Where every product is infinitely far from mattering, infinity minus itself would be NaN.
-    const float origin = top == (p.factor < 0 ? INFINITY : -INFINITY) ? 0.0f : top;
+    const float origin = top == (factor < 0 ? INFINITY : -INFINITY) ? 0.0f : top;
     // 0 for the first tile, whose `before` is infinite.
-    fade[half] = exp2_fast((before - origin) * p.factor);
+    fade[half] = exp2_fast((before - origin) * factor);
     float sum = 0;
 #pragma unroll
     for (int i = 2 * half; i < kCount; i += 4) {
-      products[i] = exp2_fast((products[i] - origin) * p.factor - p.shift);
-      products[i + 1] = exp2_fast((products[i + 1] - origin) * p.factor - p.shift);
+      products[i] = exp2_fast((products[i] - origin) * factor - shift);
+      products[i + 1] = exp2_fast((products[i + 1] - origin) * factor - shift);
       sum += products[i] + products[i + 1];
     }
     state.total[half] = state.total[half] * fade[half] + sum;
@@ -86,12 +87,17 @@ __device__ __forceinline__ void scale_rows(float (&sums)[kCount], const float (&
   for (int i = 0; i < kCount; ++i) sums[i] *= factors[i / 2 % 2];
 }
 
+// The sum of the four threads of a row.
+__device__ __forceinline__ float sum_of_row(float part) {
+  part += shuffle_xor(part, 1);
+  return part + shuffle_xor(part, 2);
+}
+
 // Adds up the four threads of a row, and returns what normalises its sums.
 __device__ __forceinline__ void finish(RowState& state, float (&inverse)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    state.total[half] += shuffle_xor(state.total[half], 1);
-    state.total[half] += shuffle_xor(state.total[half], 2);
+    state.total[half] = sum_of_row(state.total[half]);
     inverse[half] = reciprocal(state.total[half]);
   }
 }
@@ -112,8 +118,34 @@ __device__ __forceinline__ void store_stats(const RowState& state, int thread, i
   }
 }
 
-// 64 rows of sums, times a factor for each row, to channels `channel` ... of out. A quad transposes 32
-// channels of a row among its threads, which then store eight neighbouring ones each.
+// Of 32 columns of a row, the eight neighbouring ones that a thread stores: 8 (thread % 4) ... of
+// columns 32 block ..., times a factor and rounded. A quad transposes them among its threads.
+template <class Number, int kCount>
+__device__ __forceinline__ Words words_of_row(const float (&numbers)[kCount], float factor, int thread,
+                                              int half, int block) {
+  Words words;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int at = 4 * (4 * block + i) + 2 * half;
+    words.word[i] = pack<Number>(numbers[at] * factor, numbers[at + 1] * factor);
+  }
+#pragma unroll
+  for (int distance = 1; distance < 4; distance *= 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((i & distance) != 0) continue;
+      // As values: a choice of places would put them in local memory.
+      const std::uint32_t first_word = words.word[i], second_word = words.word[i | distance];
+      const bool low = exchanged(thread, distance, i) == i;
+      const std::uint32_t came = shuffle_xor(low ? first_word : second_word, distance);
+      words.word[i] = low ? came : first_word;
+      words.word[i | distance] = low ? second_word : came;
+    }
+  }
+  return words;
+}
+
+// 64 rows of sums, times a factor for each row, to channels `channel` ... of out.
 template <class Number>
 __device__ __forceinline__ void store_sums(const float (&sums)[kValues / 2], const float (&factors)[2],
                                            int thread, int item, int first, int channel,
@@ -126,25 +158,7 @@ __device__ __forceinline__ void store_sums(const float (&sums)[kValues / 2], con
     auto* out = static_cast<std::uint16_t*>(p.out) + line * p.value_depth + channel;
 #pragma unroll
     for (int block = 0; block < kValues / 32; ++block) {
-      Words words;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = 4 * (4 * block + i) + 2 * half;
-        words.word[i] = pack<Number>(sums[at] * factors[half], sums[at + 1] * factors[half]);
-      }
-#pragma unroll
-      for (int distance = 1; distance < 4; distance *= 2) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if ((i & distance) != 0) continue;
-          // As values: a choice of places would put them in local memory.
-          const std::uint32_t first_word = words.word[i], second_word = words.word[i | distance];
-          const bool low = exchanged(thread, distance, i) == i;
-          const std::uint32_t came = shuffle_xor(low ? first_word : second_word, distance);
-          words.word[i] = low ? came : first_word;
-          words.word[i | distance] = low ? second_word : came;
-        }
-      }
+      const Words words = words_of_row<Number>(sums, factors[half], thread, half, block);
       if (row < p.queries && 32 * block < p.value_depth - channel) {
         *reinterpret_cast<Words*>(out + 32 * block) = words;
       }

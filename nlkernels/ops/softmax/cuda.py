@@ -1,6 +1,7 @@
 """Softmax attention in CUDA: which of its kernels runs a problem.
 
-hopper    `cuda_hopper.py`, forward, 16-bit operands of many channels on compute capability 9.0
+hopper    `cuda_hopper.py`, forward, and `cuda_hopper_backward.py`, 16-bit operands of many channels
+          on compute capability 9.0; the backward not with `workspace_mib=0`
 portable  nlkernels/ops/_cuda_attention.py, for every D and V, on every GPU that is served
 
 Unverified: no GPU has run these kernels.
@@ -9,7 +10,7 @@ Unverified: no GPU has run these kernels.
 import torch
 
 from nlkernels.ops import _cuda_attention
-from nlkernels.ops.softmax import cuda_hopper
+from nlkernels.ops.softmax import cuda_hopper, cuda_hopper_backward
 
 
 def forward(
@@ -36,6 +37,10 @@ def backward(
     workspace_mib: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key and value, in their dtypes."""
+    if workspace_mib != 0 and cuda_hopper_backward.serves(query, key, value):
+        return cuda_hopper_backward.backward(
+            grad, query, key, value, out, stats, scale, workspace_mib
+        )
     return _cuda_attention.backward(
         _cuda_attention.SOFTMAX, grad, query, key, value, scale, out, stats
     )

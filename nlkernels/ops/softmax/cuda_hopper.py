@@ -9,6 +9,8 @@ Memory beyond inputs and outputs: none. Bitwise repeatable: every sum is one thr
 Unverified: no GPU has run these kernels; the tests run them in a model of the machine.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from nlkernels import _cuda, _launch
@@ -26,16 +28,23 @@ def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     return not unserved(query, key, value)
 
 
-def unserved(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
-    """Why no Hopper kernel can run the forward of these operands; "" when one can."""
+def unserved(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    unplanned: Callable[[Problem], str] = cuda_hopper_plan.unserved,
+) -> str:
+    """Why no Hopper kernel can run the forward of these operands; "" when one can.
+
+    `unplanned` says why none takes a problem; that of another pass asks about its kernels.
+    """
     if (architecture := _cuda.architecture(query)) != 90:
         return f"its kernels are for compute capability 9.0, not {architecture / 10}"
-    problem = Problem.of(query, key, value)
-    if reason := cuda_hopper_plan.unserved(problem):
+    if reason := unplanned(Problem.of(query, key, value)):
         return reason
     if 0 in (*query.shape, *key.shape):
         return "there is nothing to compute"
-    return "" if _channel_first(query, key, value) is not None else _undescribed(query, key, value)
+    return "" if channel_first(query, key, value) is not None else undescribed(query, key, value)
 
 
 def forward(
@@ -51,7 +60,7 @@ def forward(
     """
     problem = Problem.of(query, key, value)
     if plan is None:
-        plan = cuda_hopper_plan.plan(problem, bool(_channel_first(query, key, value)))
+        plan = cuda_hopper_plan.plan(problem, bool(channel_first(query, key, value)))
     out = query.new_empty(problem.batch, problem.queries, problem.value_depth)
     stats = query.new_empty(2, problem.batch, problem.queries, dtype=torch.float32)
     shift = 0 if query.dtype == torch.float16 else problem.keys.bit_length()
@@ -59,8 +68,8 @@ def forward(
         _cuda.stream(query),
         plan,
         DTYPES[query.dtype],
-        _multiprocessors(query.device),
-        (_factor(scale), float(shift), 2.0**shift),
+        multiprocessors(query.device),
+        (factor(scale), float(shift), 2.0**shift),
         problem[:5],
         _cuda.operand(query),
         _cuda.operand(key),
@@ -71,36 +80,38 @@ def forward(
     return out, stats
 
 
-def _factor(scale: float) -> float:
+def factor(scale: float) -> float:
     """scale log2(e). A zero becomes the smallest float32: weights are 1 to the last bit but one,
     and masked products, which are infinite, still weigh nothing."""
-    factor = scale * LOG2E
-    return factor if abs(factor) >= _SMALLEST else _SMALLEST
+    product = scale * LOG2E
+    return product if abs(product) >= _SMALLEST else _SMALLEST
 
 
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks run at a time; 2 in the tests' model of the machine."""
     if device.type == "cpu":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _channel_first(*operands: torch.Tensor) -> bool | None:
+def channel_first(*operands: torch.Tensor) -> bool | None:
     """Whether tensor copies read the operands with positions innermost; None when with neither."""
-    for channel_first in (False, True):
-        if not any(_undescribable(tensor, channel_first) for tensor in operands):
-            return channel_first
+    for innermost in (False, True):
+        if not any(undescribable(tensor, innermost) for tensor in operands):
+            return innermost
     return None
 
 
-def _undescribable(tensor: torch.Tensor, channel_first: bool) -> str:
+def undescribable(tensor: torch.Tensor, channel_first: bool) -> str:
+    """Why tensor copies cannot read a tensor in that order; "" when they can."""
     # The stride of a single item is never used, and may be anything.
     tensor = tensor[0] if tensor.shape[0] == 1 else tensor
     return _launch.undescribable(tensor, -2 if channel_first else -1)
 
 
-def _undescribed(*operands: torch.Tensor) -> str:
+def undescribed(*operands: torch.Tensor) -> str:
     """Why tensor copies cannot read operands that are to be rows."""
     for name, tensor in zip(("query", "key", "value"), operands, strict=True):
-        if reason := _undescribable(tensor, channel_first=False):
+        if reason := undescribable(tensor, channel_first=False):
             return f"tensor copies cannot read {name}: {reason}"
     return ""

@@ -47,6 +47,9 @@ struct AttentionBackward {
 
 Error attention_forward(const AttentionForward& call, const Launch& where);
 
+// `delta` alone; reads grad and out.
+Error attention_delta(const AttentionBackward& call, const Launch& where);
+
 // Three passes over the scores, for the gradients of query, key and value, without atomics.
 Error attention_backward(const AttentionBackward& call, const Launch& where);
 

@@ -290,6 +290,11 @@ std::uint32_t pack(float low, float high) {
          static_cast<std::uint32_t>(machine::rounded(high, Number::kIsBfloat16)) << 16;
 }
 
+template <class Number>
+float unpack(std::uint32_t word, bool high) {
+  return machine::widened(static_cast<std::uint16_t>(high ? word >> 16 : word), Number::kIsBfloat16);
+}
+
 namespace machine {
 
 template <class Number, int kColumns, bool kTransposeA, bool kTransposeB>

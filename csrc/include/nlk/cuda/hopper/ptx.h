@@ -166,6 +166,19 @@ __device__ __forceinline__ std::uint32_t pack(float low, float high) {
   return word;
 }
 
+// One of the two, the high one where asked.
+template <class Number>
+__device__ __forceinline__ float unpack(std::uint32_t word, bool high) {
+  const auto half = static_cast<std::uint16_t>(high ? word >> 16 : word);
+  float wide;
+  if constexpr (Number::kIsBfloat16) {
+    wide = __uint_as_float(static_cast<std::uint32_t>(half) << 16);
+  } else {
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(half));
+  }
+  return wide;
+}
+
 struct alignas(16) Words {
   std::uint32_t word[4];
 };
