@@ -107,6 +107,12 @@ def _end() -> None:
         _child = None
 
 
+def _environment() -> dict[str, str]:
+    """The program's, and its places to import from, without what lies in this folder besides."""
+    places = os.pathsep.join(place or os.getcwd() for place in sys.path)
+    return {**os.environ, "PYTHONPATH": places, "PYTHONSAFEPATH": "1"}
+
+
 class _Child:
     """A process that verifies; it is ready when it is made."""
 
@@ -119,8 +125,7 @@ class _Child:
                 stdout=subprocess.PIPE,
                 stderr=self._words,
                 text=True,
-                # What the program imports, the child finds as well.
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env=_environment(),
                 # Ctrl-C ends the program, which ends the child: that is no word about a kernel.
                 start_new_session=True,
             )

@@ -57,8 +57,12 @@ def started(monkeypatch) -> list[_isolated._Child]:
     return children
 
 
-def test_right_wrong_and_crashing_kernels(started):
+def test_right_wrong_and_crashing_kernels(started, tmp_path, monkeypatch):
     """The first child serves until it has to refuse a kernel."""
+    # A folder of that name where the program happens to be is not its package.
+    (tmp_path / "nlkernels").mkdir()
+    (tmp_path / "nlkernels" / "__init__.py").write_text("raise SystemExit('another one')")
+    monkeypatch.chdir(tmp_path)
 
     def verify(op, direction="forward"):
         return _trust.verify(op, "cuda", (16, 16), torch.float32, direction, CPU)
