@@ -260,7 +260,7 @@ def _verify(arguments: argparse.Namespace, command: str) -> int:
     if report.ok:
         return 0
     print(
-        "nlk verify: nothing could be checked; Triton kernels need an NVIDIA GPU, or "
+        "nlk verify: nothing could be checked; its kernels need an NVIDIA GPU, or those of Triton "
         "TRITON_INTERPRET=1 with --device cpu",
         file=sys.stderr,
     )
