@@ -28,6 +28,7 @@ from .peak import larger, state_shares
 from .peers import GPU_PROVIDERS, SWEEP
 from .providers import PROVIDERS, own_provider
 from .registry import DTYPES
+from .text import words
 from .timing import keep_freed_memory
 
 Rows = list[dict[str, Any]]
@@ -158,7 +159,7 @@ def jobs_of(options: argparse.Namespace) -> tuple[Callable[[dict[str, Any]], lis
     for what, value in (("rounds", options.rounds), ("threads", options.threads)):
         if value is not None and value < 1:
             raise ValueError(f"{what}: expected at least 1, got {value}; pass a larger number")
-    dtypes = _words(options.dtype)
+    dtypes = words(options.dtype)
     if options.target in ("block", "model"):
         check_choice("dtype", dtypes, model_cases.DTYPES)
         device_of(options.device, [])
@@ -270,7 +271,7 @@ def _known(kind: str, device: str) -> dict[str, Any]:
 
 def _providers(given: str, known: list[str], default: list[str]) -> list[str]:
     named = {"all": known, "default": default}
-    names = [name for word in _words(given) for name in named.get(word, [word])]
+    names = [name for word in words(given) for name in named.get(word, [word])]
     check_choice("providers", names, [*known, *WORDS])
     return list(dict.fromkeys(names))
 
@@ -278,7 +279,7 @@ def _providers(given: str, known: list[str], default: list[str]) -> list[str]:
 def _ceilings(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     if options.target in ("block", "model"):
         return {}
-    return measured_ceilings(device, _words(options.dtype), [""])
+    return measured_ceilings(device, words(options.dtype), [""])
 
 
 def _machine(environment: dict[str, Any]) -> str:
@@ -291,7 +292,3 @@ def _machine(environment: dict[str, Any]) -> str:
             f"{environment['instruction_set']}"
         )
     return f"{what}; torch {versions['torch']}, nlkernels {versions['nlkernels']}"
-
-
-def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]

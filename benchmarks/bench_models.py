@@ -34,15 +34,12 @@ from .model_measure import Plan, measure_models
 from .model_steps import PASSES
 from .model_tables import print_blocks, print_models
 from .op_rows import exit_code
+from .text import words
 from .timing import keep_freed_memory
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line of `python -m benchmarks.bench_models`."""
-
-    def words(text: str) -> list[str]:
-        return [word for word in text.split(",") if word]
-
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bench_models", description=__doc__.split("\n")[0]
     )

@@ -32,15 +32,12 @@ from .op_rows import (
 from .peak import larger, state_shares
 from .providers import DEFAULT, PROVIDERS, Provider
 from .registry import DTYPES, GROUPS, KINDS, Case, select_cases
+from .text import words
 from .timing import keep_freed_memory, synchronised_clock
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line of `python -m benchmarks.bench_ops`."""
-
-    def words(text: str) -> list[str]:
-        return [word for word in text.split(",") if word]
-
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bench_ops", description=__doc__.split("\n")[0]
     )

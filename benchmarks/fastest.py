@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .results import load
+from .text import words
 
 BACKENDS = {
     "cpp": ("cpp",),
@@ -109,10 +110,6 @@ def lines(found: Iterable[Standing]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0, or 2 if the file cannot be read or answers nothing."""
-
-    def words(text: str) -> list[str]:
-        return [word for word in text.split(",") if word]
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fastest")
     parser.add_argument("file", type=Path)
     parser.add_argument("--kinds", type=words, default=None)

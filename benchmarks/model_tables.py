@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .op_rows import wrapped
+from .text import wrapped
 
 Row = Mapping[str, Any]
 

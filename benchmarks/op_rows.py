@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from .measure import measure
 from .peak import peak_gflops, state_shares
 from .providers import DEFAULT, PROVIDERS, Provider
 from .registry import CASES
+from .text import wrapped
 from .timing import copy_gb_s, gemm_tflops
 
 OPERATIONS = {"region": region.OPERATION, "gate": gate.OPERATION}
@@ -141,13 +141,6 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
             f"  {row['peak_mib']:8.1f} MiB  {of_peak}{over}",
             flush=True,
         )
-
-
-def wrapped(text: str, width: int = 120) -> str:
-    """A line of a report, with what is too long for it below and further in."""
-    indent = " " * (len(text) - len(text.lstrip()))
-    lines = textwrap.wrap(text.strip(), width, initial_indent=indent, subsequent_indent=indent * 3)
-    return "\n".join(lines)
 
 
 def exit_code(program: str, rows: list[dict[str, Any]]) -> int:
