@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from nlkernels._spec import Problem
+from nlkernels._spec import Problem, check_choice
 from nlkernels.ops import _footprint_cpp as cpp
+from nlkernels.ops import _footprint_cuda as cuda
 from nlkernels.ops._tiles import (
     MIB,
     STAGED_ROWS,
@@ -25,6 +26,7 @@ from nlkernels.ops._tiles import (
 )
 from nlkernels.ops.concat import chunked as concat
 from nlkernels.ops.dot_product import order
+from nlkernels.ops.softmax import cuda_hopper_backward_plan
 
 # Of the Triton kernels: the widest channels of the fused forwards, the fewest keys of a key tile,
 # the multiprocessors that split keys are meant to fill (an H200's), the rows of a scan's chunk, and
@@ -46,7 +48,11 @@ def naive(op: str, problem: Problem, training: bool) -> int:
 
     In the forward its matrices live without any result; in the backward beside the output and the
     gradient of the values; the last matrix lives until every result is there.
+
+    Raises:
+        ValueError: there is no formula for such an operation.
     """
+    check_choice("footprint", "op", op, tuple(_MATRICES))
     forward, backward = _MATRICES[op]
     matrix = _scores(problem) * problem.dtype.itemsize
     out, d_query, d_key, d_value = (size * problem.dtype.itemsize for size in _results(problem))
@@ -62,8 +68,9 @@ def naive(op: str, problem: Problem, training: bool) -> int:
 def bound(op: str, backends: tuple[str, ...], problem: Problem) -> int | None:
     """Bytes of the backend of the forward and, where training, that of the backward.
 
-    None where the operation has no such backend.
+    None where the operation has no such backend; an error as for `naive`.
     """
+    check_choice("footprint", "op", op, tuple(_MATRICES))
     passes = zip(backends, ("forward", "backward"), strict=False)
     needs = [workspace(op, backend, direction, problem) for backend, direction in passes]
     if None in needs:
@@ -309,6 +316,15 @@ def _softmax_triton_backward(problem: Problem) -> int:
     return 2 * _statistics(problem) + tile + delta + totals
 
 
+def _softmax_cuda_backward(problem: Problem) -> int:
+    """The staged form wherever Hopper's kernels could run: the portable ones take less."""
+    if cuda_hopper_backward_plan.unserved(problem):
+        return cuda.softmax_backward(problem)
+    # The gradient, in the operands' order.
+    copy = problem.dtype.itemsize * problem.batch * problem.queries * (problem.value_depth + 7)
+    return _softmax_triton_backward(problem) + copy
+
+
 def _quadratic_triton_forward(problem: Problem) -> int:
     units = 2 * UNIT_BYTES * problem.batch
     if max(problem.depth, problem.value_depth) <= FUSED_DEPTH:
@@ -366,13 +382,17 @@ _FORMULAS: dict[tuple[str, str], tuple[Callable[[Problem], int], Callable[[Probl
     ("softmax", "cpp"): (cpp.forward, cpp.backward),
     ("softmax", "sdpa"): (_sdpa_forward, _sdpa_backward),
     ("softmax", "triton"): (_softmax_triton_forward, _softmax_triton_backward),
+    ("softmax", "cuda"): (cuda.softmax_forward, _softmax_cuda_backward),
     ("relu", "triton"): (_quadratic_triton_forward, _quadratic_triton_backward),
+    ("relu", "cuda"): (cuda.quadratic_forward, cuda.quadratic_backward),
     ("relu", "cpp"): (cpp.forward, cpp.backward),
     ("relu", "chunked"): (_relu_chunked_forward, _relu_chunked_backward),
     ("dot_product", "chunked"): (_dot_product_chunked_forward, _dot_product_chunked_backward),
     ("dot_product", "cpp"): (_dot_product_cpp_forward, _dot_product_cpp_backward),
     ("dot_product", "triton"): (_quadratic_triton_forward, _quadratic_triton_backward),
+    ("dot_product", "cuda"): (cuda.quadratic_forward, cuda.quadratic_backward),
     ("concat", "triton"): (_concat_triton_forward, _concat_triton_backward),
+    ("concat", "cuda"): (cuda.concat_forward, cuda.concat_backward),
     ("concat", "cpp"): (_concat_cpp_forward, _concat_cpp_backward),
     ("concat", "chunked"): (_concat_chunked_forward, _concat_chunked_backward),
 }

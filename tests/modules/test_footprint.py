@@ -2,18 +2,21 @@
 
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nlkernels
-from nlkernels import _ext
+from nlkernels import _cuda, _ext
 from nlkernels._memory import PeakMemory
 from nlkernels._spec import Problem
 from nlkernels.modules import NonLocalBlock1d, NonLocalBlock2d, NonLocalBlock3d
-from nlkernels.ops import _cpp, _footprint, _tiles
+from nlkernels.ops import _cpp, _footprint, _tiles, _triton_products
 from nlkernels.ops import _footprint_cpp as cpp
+from nlkernels.ops.softmax import staged_backward
+from tests.cuda import emulated
 from tests.helpers import SHORT
 from tests.ops import isas
 from tests.ops.cpp_attention import needs_compiler, threads
@@ -170,11 +173,75 @@ def test_cpp_takes_no_more_and_at_least_half(op, dtype, sizes, training, count):
     assert extra <= bound <= 2 * extra + 2**18
 
 
+def nothing(*given, **options) -> None:
+    """In the place of kernels, which allocate nothing."""
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """The CUDA kernels' module without what they compute."""
+    silent = ("attention_forward", "attention_backward", "attention_delta")
+    silent += ("hopper_forward", "hopper_d_scores")
+    module = SimpleNamespace(AttentionProblem=nothing, **dict.fromkeys(silent, nothing))
+    monkeypatch.setattr(_cuda, "_emulation", module)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=SHORT.get)
+@pytest.mark.parametrize("op", ["softmax", "relu", "dot_product"])
+def test_cuda_attention_allocates_what_its_formula_says(op, dtype, training, no_kernels):
+    # Few channels: no Hopper kernel would run.
+    extra, problem = measured(op, (8, 160, 12, 56, 56), dtype, "cuda", training)
+    bound = _footprint.bound(op, ("cuda",) * (1 + training), problem)
+    assert bound == extra + _footprint._SCALARS
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=SHORT.get)
+@pytest.mark.parametrize(
+    "sizes", [(8, 160, 16, 64, 64), (2, 3000, 2000, 64, 136), (1, 304, 200, 512, 512)], ids=sizes_id
+)
+def test_hopper_takes_no_more(sizes, dtype, no_kernels, monkeypatch):
+    """The library's products, which on a GPU allocate nothing either, do not run."""
+    monkeypatch.setattr(_cuda, "architecture", lambda tensor: 90)
+    for module in (staged_backward, _triton_products):
+        monkeypatch.setattr(module, "multiply", nothing)
+    monkeypatch.setattr(torch.Tensor, "baddbmm_", nothing)
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)
+    for training in (False, True):
+        extra, problem = measured("softmax", sizes, dtype, "cuda", training)
+        bound = _footprint.bound("softmax", ("cuda",) * (1 + training), problem)
+        assert extra <= bound <= 1.25 * extra
+
+
+@pytest.mark.gate
+@needs_compiler
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    "sizes", [(2, 300, 200, 1, 64), (1, 20, 4000, 1, 130), (3, 65, 64, 1, 17)], ids=sizes_id
+)
+def test_cuda_concatenation_takes_no_more(sizes, training):
+    with emulated.emulation():
+        extra, problem = measured("concat", sizes, torch.float32, "cuda", training)
+    bound = _footprint.bound("concat", ("cuda",) * (1 + training), problem)
+    scores = problem.batch * (problem.queries + problem.keys)
+    assert extra <= bound <= extra + 60 * scores + 2**10
+
+
+def test_operation_without_a_formula():
+    problem = Problem(1, 4, 4, 8, 8, torch.float32, "cpu")
+    for reckon in (
+        lambda: _footprint.naive("gate", problem, training=True),
+        lambda: _footprint.bound("gate", ("chunked",), problem),
+    ):
+        with pytest.raises(ValueError, match=r"footprint: expected op to be one of .*got 'gate'"):
+            reckon()
+
+
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_no_formula_grows_with_the_score_matrix(op):
     """Of every backend, on either device: eight times the positions take eight times at most."""
     backends = [backend for name, backend in _footprint._FORMULAS if name == op]
-    assert "chunked" in backends
+    assert {"chunked", "triton", "cuda"} <= set(backends)
     for backend in backends:
         for device in ("cpu", "cuda"):
             for training in (False, True):
