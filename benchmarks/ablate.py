@@ -1,8 +1,9 @@
 """The stage `ablate`: which plan of the Hopper kernels is the fastest, of those that are right.
 
-`python -m benchmarks.ablate --device cuda --out DIR` runs `hopper_plans.py`, a head in each
-process, until the time is over: clusters, widths of tiles and slots of the rings. That checks every
-plan before it times it. Rows: DIR/ablate.jsonl. A dry run lists the plans that would be compared.
+`python -m benchmarks.ablate --device cuda --out DIR [--backward]` runs `hopper_plans.py`, a head in
+each process, until the time is over: clusters, widths of tiles and slots of the rings. That checks
+every plan before it times it. Rows: DIR/ablate.jsonl. A dry run lists the plans that would be
+compared.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 
 from nlkernels._launch import architecture
 from nlkernels._spec import Problem
-from nlkernels.ops.softmax import cuda_hopper_plan
+from nlkernels.ops.softmax import cuda_hopper_backward_plan, cuda_hopper_plan
 
 from . import hopper_plans, results
 from .stage import DEADLINE, RowFile, clean, describe
@@ -35,9 +36,10 @@ LEAST_S = 30.0
 """No head begins with less time left: its first plan would not be done."""
 
 
-def command(head: str, rounds: int) -> list[str]:
+def command(head: str, rounds: int, backward: bool = False) -> list[str]:
     """The process that compares the plans of a head."""
-    return [sys.executable, "-m", "benchmarks.hopper_plans", head, "--rounds", str(rounds)]
+    words = [sys.executable, "-m", "benchmarks.hopper_plans", head, "--rounds", str(rounds)]
+    return words + ["--backward"] * backward
 
 
 def rows_of(process: list[str], limit_s: float) -> Iterator[dict[str, Any]]:
@@ -71,12 +73,16 @@ def rows_of(process: list[str], limit_s: float) -> Iterator[dict[str, Any]]:
         yield {"fault": f"ended with {code}"}
 
 
-def planned(head: str) -> Iterator[dict[str, Any]]:
+def planned(head: str, backward: bool = False) -> Iterator[dict[str, Any]]:
     """The plans of a head that a GPU would compare."""
     depth, value_depth = map(int, head.split("x"))
     reason = "a dry run has no GPU"
     problem = Problem(1, 3136, 784, depth, value_depth, torch.bfloat16, "cuda")
-    for plan in cuda_hopper_plan.alternatives(problem):
+    plans = cuda_hopper_plan.alternatives(problem)
+    if backward:
+        chunk = cuda_hopper_backward_plan.Chunk(problem.batch, problem.queries)
+        plans = cuda_hopper_backward_plan.alternatives(problem, chunk)
+    for plan in plans:
         yield {"head": [depth, value_depth], "plan": str(plan), "unserved": reason}
 
 
@@ -88,6 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=BUDGET_S)
     parser.add_argument("--commit", default=None, help="commit to record where git cannot tell")
     parser.add_argument("--heads", nargs="+", default=hopper_plans.HEADS, metavar="HEAD")
+    parser.add_argument("--backward", action="store_true", help="the plans of the backward")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(arguments)
     deadline = time.time() + options.budget
@@ -105,9 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
             missing.append(head)
             continue
         if device.type == "cuda":
-            rows = rows_of(command(head, options.rounds), left)
+            rows = rows_of(command(head, options.rounds, options.backward), left)
         else:
-            rows = planned(head)
+            rows = planned(head, options.backward)
         for row in rows:
             row = {"head": list(map(int, head.split("x"))), **row}
             faults += "fault" in row

@@ -15,7 +15,7 @@ FAULT = '{"head": [256, 256], "plan": "q", "fault": "results differ between runs
 def run(monkeypatch, tmp_path: Path, script: str, *options: str) -> tuple[int, list[dict]]:
     """The stage, as on a Hopper GPU whose processes run a script."""
     monkeypatch.setattr(ablate, "architecture", lambda device: 90)
-    monkeypatch.setattr(ablate, "command", lambda head, rounds: [sys.executable, "-Sc", script])
+    monkeypatch.setattr(ablate, "command", lambda *_: [sys.executable, "-Sc", script])
     monkeypatch.setattr(ablate, "RowFile", lambda *given: _File(tmp_path / "rows"))
     code = ablate.main(["--out", str(tmp_path), "--heads", "256x256", "512x512", *options])
     return code, read_rows(tmp_path / "rows")
@@ -64,6 +64,8 @@ def test_other_gpus_have_no_such_kernels(monkeypatch, tmp_path: Path, capsys) ->
 def test_each_head_is_a_command_of_hopper_plans() -> None:
     words = " ".join(ablate.command("512x256", 3)[1:])
     assert words == "-m benchmarks.hopper_plans 512x256 --rounds 3"
+    assert ablate.command("512x256", 3, backward=True)[-1] == "--backward"
     for head in ablate.hopper_plans.HEADS:
-        plans = [row["plan"] for row in ablate.planned(head)]
-        assert len(plans) == len(set(plans)) > 1
+        for backward in (False, True):
+            plans = [row["plan"] for row in ablate.planned(head, backward)]
+            assert len(plans) == len(set(plans)) > 1

@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from nlkernels import _cuda, _paths
-from tests.cuda import emulated
+from nlkernels.ops import _cuda_attention
 
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wno-unknown-pragmas")
 _FILES = ("test/cuda/hopper/emulate.cpp", "test/cuda/hopper/machine.cpp")
@@ -66,6 +67,10 @@ def _operands(operands) -> tuple[ctypes.Array, ctypes.Array]:
     addresses = _array(ctypes.c_void_p, (address for address, *_ in operands))
     strides = (stride for _, *strides in operands for stride in strides)
     return addresses, _array(ctypes.c_longlong, strides)
+
+
+def _delta(grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    return (grad.float() * out.float()).sum(2)
 
 
 class Model:
@@ -114,10 +119,6 @@ class Model:
         )
         self._check(error)
 
-    def attention_delta(self, *arguments) -> None:
-        """Of the portable kernels, which another emulation runs."""
-        emulated.module().attention_delta(*arguments)
-
     def _check(self, error: int) -> None:
         if error:
             raise RuntimeError(f"the emulated kernel failed with {error}")
@@ -135,4 +136,6 @@ def emulation(seed: int = 0, blocks: int = 2) -> Iterator[Model]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cuda, "_emulation", model)
         patch.setattr(_cuda, "architecture", lambda tensor: 90)
+        # A portable kernel, which another emulation runs: tests/cuda/test_attention.py.
+        patch.setattr(_cuda_attention, "delta", _delta)
         yield model

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nlkernels import _operations, _trust, nonlocal_attention
+from nlkernels.ops import _cuda_attention
 from nlkernels.ops.softmax import chunked, cuda
 from tests.cuda import emulated
 
@@ -108,6 +109,15 @@ def test_stats_are_those_of_every_backend():
         _, (known_tops, known_sums) = chunked.forward(query, key, value, scale)
         torch.testing.assert_close(tops, known_tops)
         torch.testing.assert_close(sums, known_sums)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_delta_alone(dtype):
+    query, _, _ = _operands(dtype)
+    for grad in (query.flip(1), query.mT.contiguous().mT, query[:, :1].expand_as(query)):
+        expected = (grad.double() * query.double()).sum(2)
+        found = _cuda_attention.delta(grad, query)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
 
 
 def test_large_scores_and_scale_zero():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks import hopper_plans
 from nlkernels._spec import Problem
 from nlkernels.ops import _cuda_attention
 from nlkernels.ops._tiles import padded
@@ -183,6 +184,18 @@ def test_unfit_plans_are_refused():
     ):
         with emulation(), pytest.raises(RuntimeError, match="failed with 1"):
             _gradients(tensors, 0.1, plan._replace(**each))
+
+
+def test_the_comparison_of_plans_tells_wrong_gradients():
+    *qkv, grad = _operands((1, 20, 90, 64, 64), BRAIN)
+    kept = chunked.forward(*qkv, 1 / 8)
+
+    def run(scale):
+        return lambda: cuda_hopper_backward.backward(grad, *qkv, *kept, scale)[0]
+
+    with emulation():
+        assert hopper_plans._fault(qkv, run(1 / 8), grad) == ""
+        assert "error" in hopper_plans._fault(qkv, run(1 / 4), grad)
 
 
 def test_who_runs_a_backward(monkeypatch):

@@ -4,8 +4,13 @@ import pytest
 import torch
 
 from nlkernels._spec import Problem
+from nlkernels.ops._tiles import staged_tiles
 from nlkernels.ops.softmax import cuda_hopper, cuda_hopper_plan, suite
+from nlkernels.ops.softmax import cuda_hopper_backward_plan as backward_plan
+from nlkernels.ops.softmax.cuda_hopper_backward_plan import Chunk, Plan
 from nlkernels.ops.softmax.cuda_hopper_plan import SHARED_LIMIT
+
+HALF = torch.float16
 
 HEADS = ((256, 256), (512, 256), (512, 512), (1024, 512), (1024, 256), (64, 136), (256, 512))
 
@@ -91,3 +96,71 @@ def test_operands_of_other_machines_and_layouts_are_left_to_other_kernels(monkey
     # The stride of a single item is never used.
     single = torch.zeros(64 * 256, dtype=torch.bfloat16).as_strided((1, 64, 256), (3, 256, 1))
     assert cuda_hopper.serves(single, single, single)
+
+
+def _chunk(problem: Problem, multiprocessors: int = 132) -> Chunk:
+    sizes = (problem.batch, problem.queries, problem.keys)
+    items, rows = next(staged_tiles(*sizes, 4, 2, None))
+    return Chunk(items.stop - items.start, rows.stop - rows.start, multiprocessors)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_every_backward_plan_fits_and_can_make_progress(head):
+    problem = _problem(784, *head)
+    for channel_first in (False, True):
+        plans = backward_plan.alternatives(problem, _chunk(problem), channel_first)
+        assert len(set(plans)) == len(plans) >= 1
+        for plan in plans:
+            assert plan.shared_bytes() <= SHARED_LIMIT < plan._replace(slots=99).shared_bytes()
+            assert plan.slots > backward_plan.FEWEST_SLOTS, plan
+            assert plan.channel_first == channel_first
+        alone = backward_plan.candidates(problem, _chunk(problem), channel_first)
+        assert alone == [plan for plan in plans if plan.cluster == 1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys", "width"),
+    [(8, 3136, 784, 64), (8, 12544, 3136, 160), (8, 784, 196, 64), (1, 100352, 25088, 192)],
+)
+def test_backward_tiles_follow_waves_and_padding(batch, queries, keys, width):
+    problem = Problem(batch, queries, keys, 256, 256, torch.bfloat16, "cuda")
+    assert backward_plan.candidates(problem, _chunk(problem))[0].tile_keys == width
+
+
+def test_clocks_of_backward_tiles():
+    clocks = {width: Plan(False, width).clocks() for width in (192, 160, 128, 64)}
+    assert clocks == {192: (768, 832), 160: (640, 736), 128: (512, 640), 64: (256, 448)}
+
+
+@pytest.mark.parametrize("head", HEADS[:4], ids=str)
+def test_verification_runs_every_backward_plan(head):
+    widths = set()
+    for trial in suite.large(head):
+        # In every configuration (`_trust`): of each of these chunks, in several tiles of keys.
+        problem = Problem(*trial[:3], *head, torch.bfloat16, "cuda")
+        plans = backward_plan.candidates(problem, _chunk(problem), trial.channel_first)
+        widths |= {plan for plan in plans if plan.key_tiles(trial.keys) > 1}
+    every = {
+        plan
+        for channel_first in (False, True)
+        for plan in backward_plan.candidates(_problem(), _chunk(_problem()), channel_first)
+    }
+    assert widths == every
+    # Some blocks of 132 take a second tile, and some problem is computed in several chunks.
+    problems = [Problem(*t[:3], *head, HALF, "cuda") for t in suite.large(head)]
+    assert max(p.batch * -(-p.queries // 128) * -(-p.keys // 192) for p in problems) > 132
+    assert any(p.queries > _chunk(p).rows for p in problems)
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (_problem(dtype=torch.float32), "bfloat16 and float16, not float32"),
+        (_problem(value_depth=32), "V = 32 would leave most"),
+        (_problem(depth=32), "D = 32 would leave most"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_reasons_of_the_backward(problem, reason):
+    assert reason in backward_plan.unserved(problem)
+    assert backward_plan.unserved(_problem(value_depth=1024)) == ""
