@@ -1,10 +1,13 @@
 """pytorchvideo's and mmcv's own blocks, replaced: outputs, gradients, statistics and keys stay."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 
+from nlkernels import replace_nonlocal
+from tests.patching.blocks import Net, randomised
 from tests.patching.test_blocks import check_module
 
 video = pytest.importorskip(
@@ -48,3 +51,54 @@ def test_mmcv(dims, mode, sub_sample, norm):
         )
         # Their concatenation changes in place what its own backward needs.
         check_module(made, shape, backward=mode != "concatenation")
+
+
+def small():
+    """Blocks of both packages in one network."""
+    norm = {"type": "BN3d"}
+    blocks = video.create_nonlocal(dim_in=8, dim_inner=4, pool_size=(1, 2, 2))
+    return Net(torch.nn.Sequential(blocks, mmcv.NonLocal3d(8, sub_sample=True, norm_cfg=norm)))
+
+
+def resnet():
+    """pytorchvideo's builder, with its blocks behind blocks 1 and 3 of res3 and res4."""
+    package = pytest.importorskip(
+        "pytorchvideo.models.resnet", reason="pytorchvideo's networks import torchvision and fvcore"
+    )
+    model = package.create_resnet(
+        model_num_class=5, stem_dim_out=8, head_pool_kernel_size=(1, 1, 1), dropout_rate=0
+    )
+    for stage, width in ((2, 64), (3, 128)):
+        blocks = model.blocks[stage].res_blocks
+        for place in (1, 3):
+            made = video.create_nonlocal(dim_in=width, dim_inner=width // 2, pool_size=(1, 2, 2))
+            blocks[place] = torch.nn.Sequential(blocks[place], made)
+    return model
+
+
+@pytest.mark.parametrize("make", [small, resnet])
+def test_a_whole_network(make):
+    model = make().double()
+    for module in model.modules():
+        if isinstance(module, video.NonLocal | mmcv.NonLocal3d):
+            randomised(module)
+    theirs, keys = copy.deepcopy(model), list(model.state_dict())
+    classes = {name: type(module) for name, module in model.named_modules()}
+    report = replace_nonlocal(model, backend="chunked")
+    assert len(report) == {small: 2, resnet: 4}[make]
+    assert losses(model) == pytest.approx(losses(theirs), rel=1e-9)
+    report.restore()
+    assert list(model.state_dict()) == keys
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+
+
+def losses(model):
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), []
+    for step in range(2):
+        x = torch.randn(2, 3, 4, 32, 32, generator=torch.Generator().manual_seed(step)).double()
+        loss = torch.nn.functional.cross_entropy(model(x), torch.tensor([0, step]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found

@@ -208,6 +208,15 @@ def test_layers_that_were_exchanged_run_themselves():
     torch.testing.assert_close(block(x), expected)
 
 
+@pytest.mark.parametrize("made", [Nonlocal(8, 4, (1, 2, 2)), Regions(8, 2, [1, 3, 3], False)])
+def test_outputs_lie_as_inputs(made):
+    replace_nonlocal(made, backend="chunked")
+    x = torch.randn(2, 8, 2, 6, 5)
+    for form in (torch.contiguous_format, torch.channels_last_3d):
+        given = x.contiguous(memory_format=form)
+        assert made(given).stride() == given.stride()
+
+
 def test_maps_are_theirs_on_demand_and_ours_by_row():
     block = randomised(Embedded(8)).double().eval()
     x = torch.randn(1, 8, 2, 6, 5).double()
