@@ -7,7 +7,13 @@ from benchmarks import hopper_plans
 from nlkernels._spec import Problem
 from nlkernels.ops import _cuda_attention
 from nlkernels.ops._tiles import padded
-from nlkernels.ops.softmax import chunked, cuda, cuda_hopper, cuda_hopper_backward
+from nlkernels.ops.softmax import (
+    chunked,
+    cuda,
+    cuda_hopper,
+    cuda_hopper_backward,
+    staged_backward,
+)
 from nlkernels.ops.softmax.cuda_hopper_backward_plan import (
     FEWEST_SLOTS,
     Chunk,
@@ -122,6 +128,14 @@ def test_nothing_is_written_beyond_the_workspace():
         assert (buffer[:before] == 7).all() and (buffer[-before:] == 7).all()
         # Rows of the chunk: each sums to 1.
         torch.testing.assert_close(weights.float().sum(2), torch.ones(2, 140), rtol=0, atol=2e-3)
+
+
+def test_right_statistics_need_no_correction(monkeypatch):
+    """A correction makes up for a wrong delta, too."""
+    monkeypatch.setattr(staged_backward, "CORRECTED_ABOVE", float("inf"))
+    tensors = _operands((2, 70, 330, 64, 64), BRAIN)
+    for plan in (plan for plan in _plans(tensors) if plan.cluster == 1):
+        _check(tensors, 0.2, plan, 0.05)
 
 
 @pytest.mark.parametrize("dtype", [BRAIN, HALF], ids=str)

@@ -11,77 +11,41 @@
 #ifndef NLK_CUDA_HOPPER_FORWARD_ROWS_CUH_
 #define NLK_CUDA_HOPPER_FORWARD_ROWS_CUH_
 
-#include "cuda/hopper/products.cuh"
+#include "cuda/hopper/forward_copies.cuh"
 #include "cuda/hopper/rows.cuh"
 
 namespace nlk::cuda::hopper {
 
 template <class Form_>
-struct RowsKernel {
+struct RowsKernel : ForwardKernel<Form_, 2 * 64> {
   using Form = Form_;
+  using Base = ForwardKernel<Form, 2 * 64>;
+  using Base::key_tiles, Base::keys, Base::query, Base::query_empty, Base::query_full, Base::rank,
+      Base::work;
   static_assert(!Form::kStreamed, "the queries of a block stay");
-  static constexpr int kKeys = Form::kKeys, kBlocks = Form::kBlocks;
-  static constexpr int kRows = 2 * 64, kWarps = 8;
-  static constexpr int kQueryChunk = kRows * kLineBytes;
+  static constexpr int kKeys = Form::kKeys, kQueryChunk = Base::kQueryChunk, kWarps = 8;
 
-  Channel keys, values;
-  std::uint32_t query, query_full, query_empty;
-  int rank, key_tiles;
-  Work<kBlocks, kRows> work;
+  Channel values;
 
-  __device__ __forceinline__ explicit RowsKernel(const ForwardParameters& p) : work(p) {
-    const auto plan =
-        SharedPlan::of(kRows, kKeys, p.depth_chunks, p.key_slots, p.value_slots, false, false);
-    const std::uint32_t start = shared_start();
-    query = start + plan.query;
-    query_full = start + plan.barriers;
-    query_empty = query_full + kBarrierBytes;
-    keys = Channel::of(start + plan.key, plan.key_slot_bytes, query_empty + kBarrierBytes, p.key_slots);
-    values = Channel::of(start + plan.value, plan.value_slab_bytes, keys.next_barriers(), p.value_slots);
-    rank = kBlocks == 1 ? 0 : cluster_rank();
-    key_tiles = divide_up(p.keys, kKeys);
-  }
+  __device__ __forceinline__ explicit RowsKernel(const ForwardParameters& p)
+      : RowsKernel(p, SharedPlan::of(Base::kRows, kKeys, p.depth_chunks, p.key_slots, p.value_slots,
+                                     false, false)) {}
+  __device__ __forceinline__ RowsKernel(const ForwardParameters& p, const SharedPlan& plan)
+      : Base(p, plan),
+        values(Channel::of(shared_start() + plan.value, plan.value_slab_bytes, keys.next_barriers(),
+                           p.value_slots)) {}
 
   // By one thread.
   __device__ __forceinline__ void init() const {
-    barrier_init(query_full, 1);
-    barrier_init(query_empty, kWarps);
-    keys.init(1, kWarps * kBlocks);
-    values.init(1, kWarps * kBlocks);
+    Base::init(kWarps);
+    values.init(1, kWarps * Form::kBlocks);
     barrier_init_fence();
   }
 
-  // By one thread each.
-  __device__ __forceinline__ void copy_all_queries(const TensorMap& query_map,
-                                                   const ForwardParameters& p) {
-#pragma unroll 1
-    for (std::uint32_t parity = 1; work.take(p, rank); parity ^= 1) {
-      barrier_wait(query_empty, parity);
-      copy_queries<Form, kRows>(query_map, query, query_full, work.row, work.item, p);
-    }
-  }
-
-  __device__ __forceinline__ void copy_all_keys(const TensorMap& query_map, const TensorMap& key_map,
-                                                const ForwardParameters& p) {
-#pragma unroll 1
-    while (work.take(p, rank)) {
-#pragma unroll 1
-      for (int tile = key_tiles - 1; tile >= 0; --tile) {
-        copy_keys<Form, kRows>(query_map, key_map, keys, tile, work.row, work.item, rank,
-                               p.depth_chunks);
-      }
-    }
-  }
-
+  // By one thread.
   __device__ __forceinline__ void copy_all_values(const TensorMap& value_map,
                                                   const ForwardParameters& p) {
-#pragma unroll 1
-    while (work.take(p, rank)) {
-#pragma unroll 1
-      for (int tile = key_tiles - 1; tile >= 0; --tile) {
-        copy_values<Form>(value_map, values, tile, 0, work.item, rank);
-      }
-    }
+    Base::copy_all_values(value_map, values, 0, p);
   }
 
   // By a warpgroup: 64 rows of every tile of queries.

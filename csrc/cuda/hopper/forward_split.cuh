@@ -13,85 +13,50 @@
 #ifndef NLK_CUDA_HOPPER_FORWARD_SPLIT_CUH_
 #define NLK_CUDA_HOPPER_FORWARD_SPLIT_CUH_
 
-#include "cuda/hopper/products.cuh"
+#include "cuda/hopper/forward_copies.cuh"
 #include "cuda/hopper/rows.cuh"
 
 namespace nlk::cuda::hopper {
 
 template <class Form_>
-struct SplitKernel {
+struct SplitKernel : ForwardKernel<Form_, 64> {
   using Form = Form_;
-  static constexpr int kKeys = Form::kKeys, kBlocks = Form::kBlocks;
-  static constexpr int kRows = 64, kWarps = 4, kWeightSlots = 2;
-  static constexpr int kQueryChunk = kRows * kLineBytes;
+  using Base = ForwardKernel<Form, 64>;
+  using Base::key_tiles, Base::keys, Base::query_empty, Base::query_full, Base::rank, Base::work;
+  static constexpr int kKeys = Form::kKeys, kRows = Base::kRows, kQueryChunk = Base::kQueryChunk;
+  static constexpr int kWarps = 4, kWeightSlots = 2;
   static_assert(kKeys == kLineNumbers, "a tile of weights is one chunk");
 
-  Channel keys, left, right, weights;
-  std::uint32_t query, query_full, query_empty, fades;
-  int rank, key_tiles;
-  Work<kBlocks, kRows> work;
+  Channel left, right, weights;
+  std::uint32_t query, fades;
 
-  __device__ __forceinline__ explicit SplitKernel(const ForwardParameters& p) : work(p) {
-    const auto plan = SharedPlan::of(kRows, kKeys, p.depth_chunks, p.key_slots, p.value_slots, true,
-                                     Form::kStreamed);
+  __device__ __forceinline__ explicit SplitKernel(const ForwardParameters& p)
+      : SplitKernel(p, SharedPlan::of(kRows, kKeys, p.depth_chunks, p.key_slots, p.value_slots, true,
+                                      Form::kStreamed)) {}
+  __device__ __forceinline__ SplitKernel(const ForwardParameters& p, const SharedPlan& plan)
+      : Base(p, plan) {
     const std::uint32_t start = shared_start();
-    query = Form::kStreamed ? 0 : start + plan.query;
+    query = Form::kStreamed ? 0 : Base::query;
     fades = start + plan.fades;
-    query_full = start + plan.barriers;
-    query_empty = query_full + kBarrierBytes;
-    keys = Channel::of(start + plan.key, plan.key_slot_bytes, query_empty + kBarrierBytes, p.key_slots);
     left = Channel::of(start + plan.value, plan.value_slab_bytes, keys.next_barriers(), p.value_slots);
     right = Channel::of(left.at(p.value_slots), plan.value_slab_bytes, left.next_barriers(),
                         p.value_slots);
     weights = Channel::of(start + plan.weights, kRows * kLineBytes, right.next_barriers(), kWeightSlots);
-    rank = kBlocks == 1 ? 0 : cluster_rank();
-    key_tiles = divide_up(p.keys, kKeys);
   }
 
   // By one thread.
   __device__ __forceinline__ void init() const {
-    barrier_init(query_full, 1);
-    barrier_init(query_empty, kWarps);
-    keys.init(1, kWarps * kBlocks);
-    left.init(1, kWarps * kBlocks);
-    right.init(1, kWarps * kBlocks);
+    Base::init(kWarps);
+    left.init(1, kWarps * Form::kBlocks);
+    right.init(1, kWarps * Form::kBlocks);
     weights.init(kWarps, kWarps);
     barrier_init_fence();
-  }
-
-  // By one thread each.
-  __device__ __forceinline__ void copy_all_queries(const TensorMap& query_map,
-                                                   const ForwardParameters& p) {
-#pragma unroll 1
-    for (std::uint32_t parity = 1; work.take(p, rank); parity ^= 1) {
-      barrier_wait(query_empty, parity);
-      copy_queries<Form, kRows>(query_map, query, query_full, work.row, work.item, p);
-    }
-  }
-
-  __device__ __forceinline__ void copy_all_keys(const TensorMap& query_map, const TensorMap& key_map,
-                                                const ForwardParameters& p) {
-#pragma unroll 1
-    while (work.take(p, rank)) {
-#pragma unroll 1
-      for (int tile = key_tiles - 1; tile >= 0; --tile) {
-        copy_keys<Form, kRows>(query_map, key_map, keys, tile, work.row, work.item, rank,
-                               p.depth_chunks);
-      }
-    }
   }
 
   // Of half 0, the left one, or 1.
   template <int kHalf>
   __device__ __forceinline__ void copy_half(const TensorMap& value_map, const ForwardParameters& p) {
-    Channel& values = kHalf == 0 ? left : right;
-#pragma unroll 1
-    while (work.take(p, rank)) {
-#pragma unroll 1
-      for (int tile = key_tiles - 1; tile >= 0; --tile) {
-        copy_values<Form>(value_map, values, tile, kHalf * kValueChunks, work.item, rank);
-      }
-    }
+    Base::copy_all_values(value_map, kHalf == 0 ? left : right, kHalf * kValueChunks, p);
   }
 
   __device__ __forceinline__ std::uint32_t fade_of(int thread, int half) const {
