@@ -93,7 +93,7 @@ def test_every_tail_of_the_keys():
 
 
 def test_results_do_not_depend_on_the_order_of_events():
-    tensors = _operands((2, 140, 330, 128, 320), BRAIN)
+    tensors = _operands((1, 140, 330, 128, 320), BRAIN)
     for plan in _plans(tensors):
         # The narrowest ring waits most often; several tiles of a block use it again.
         narrow = plan._replace(slots=FEWEST_SLOTS)
