@@ -33,7 +33,7 @@ def listing(pattern: str = "*") -> Iterator[str]:
     if not names:
         raise ValueError(
             f"expected a pattern of names of models, got {pattern!r}, which none has"
-            f"{nearest(pattern, list_models())}"
+            f"{nearest(pattern, list_models(), 'nlk models without a pattern lists all')}"
         )
     for name in names:
         yield from _lines(describe(name))

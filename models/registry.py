@@ -122,7 +122,7 @@ def registered(name: str, where: str = "registered") -> Registered:
     if name not in _MODELS:
         raise ValueError(
             f"{where}: expected one of the {len(_MODELS)} names of list_models(), "
-            f"got {name!r}{nearest(name, _MODELS)}"
+            f"got {name!r}{nearest(name, _MODELS, 'nlk models lists them')}"
         )
     return _MODELS[name]
 

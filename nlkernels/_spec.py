@@ -131,7 +131,10 @@ def check_choice(where: str, name: str, value: object, choices: tuple[str, ...])
         )
 
 
-def nearest(word: object, choices: Iterable[str]) -> str:
-    """The last part of an error message: which of the choices was probably meant, if any."""
+def nearest(word: object, choices: Iterable[str], remedy: str = "choose one of these") -> str:
+    """The last part of an error message: which of the choices was probably meant, if any.
+
+    `remedy` stands there otherwise; that of a message which does not list them says where they are.
+    """
     found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else "; choose one of these"
+    return f"; did you mean {found[0]!r}?" if found else f"; {remedy}"

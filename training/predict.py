@@ -129,7 +129,7 @@ def predict(
         The answer.
 
     Raises:
-        FileNotFoundError: No such weights or names, or no folder for the pictures.
+        FileNotFoundError: No such video, weights or names, or no folder for the pictures.
         VideoReadError: The video cannot be read.
         ValueError: Names of another number of classes, an unknown block, a point that the network
             does not see, weights that have diverged, or an option that cannot be.
@@ -142,6 +142,11 @@ def predict(
     require_one_process()
     check_average(average)
     _check_options(top, attention, at, blocks, clip)
+    if not Path(video).exists():
+        raise FileNotFoundError(
+            f"predict: expected a video or a folder of images, got {video}, no such file; "
+            "check the path"
+        )
     trained = load_trained(weights, choose_device(device))
     names = _names(trained, classes)
     data = _clips(trained, Path(video), overrides)

@@ -111,8 +111,8 @@ def insert_nonlocal(
 
     Raises:
         ValueError: an unknown name; one that returns no such tensor, that has a child of this name
-            already, or that was replaced or extended before; a model in DistributedDataParallel;
-            what the block's constructor raises.
+            already, or that was replaced or extended before; a model in DistributedDataParallel; a
+            clip that the model does not take; what the block's constructor raises.
         TypeError: no module; an unknown option.
 
     Memory:
@@ -242,7 +242,14 @@ def _shapes(
         seen = _watched(modules, lambda: _run_on_meta(inner, clip))
     except Exception:  # it makes tensors elsewhere, or asks for their values
         sample = clips.clip_for(_WHERE, inner, clip, None)
-        seen = _watched(modules, lambda: _run(inner, sample))
+        try:
+            seen = _watched(modules, lambda: _run(inner, sample))
+        except Exception as error:
+            said = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(
+                f"{_WHERE}: expected a clip that the model takes, got {describe(sample)} ({said}); "
+                "pass clip=, its input or the shape of that"
+            ) from error
     for place in modules:
         shape = seen.get(place, "nothing: it was not called")
         if not isinstance(shape, tuple) or not 3 <= len(shape) <= 5:

@@ -56,3 +56,5 @@ def test_a_pattern_that_no_name_has(capsys):
         "nlk models: expected a pattern of names of models, got 'i3d_r50_8x9', which none has; "
         "did you mean 'i3d_r50_8x8'?\n"
     )
+    code, _, err = nlk(capsys, "zzz*")
+    assert code == 2 and err.endswith("which none has; nlk models without a pattern lists all\n")

@@ -157,7 +157,7 @@ MISTAKES = {
         r"expected one of the \d+ names of list_models\(\), got 'i3d_r50_8x'; "
         r"did you mean 'i3d_r50_8x8'\?",
     ),
-    "unknown-name-far-away": ("zzz", {}, ValueError, r"got 'zzz'; choose one of these"),
+    "unknown-name-far-away": ("zzz", {}, ValueError, r"got 'zzz'; nlk models lists them"),
     "unknown-option": (
         "c2d_tiny",
         {"block_s": 2},

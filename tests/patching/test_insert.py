@@ -194,6 +194,7 @@ def test_models_that_need_data_run_on_random_numbers():
         ({"at": ["layer2.0"], "segments": 4}, "leave segments out for clips"),
         ({"at": ["layer2.0"], "channels": [8, 8]}, "channels for each of 1 modules"),
         ({"at": ["layer2.0"], "kind": "soft"}, "expected kind to be one of"),
+        ({"at": ["layer2.0"], "clip": (2, 3, 8, 8)}, r"a clip that the model takes.*pass clip="),
     ],
 )
 def test_mistakes_change_nothing(options, message):

@@ -274,7 +274,7 @@ def test_mistakes_are_one_line(weights, video, tmp_path, capsys):
         ([str(video), "model.width=2"], "overrides of the form data.key=value"),
         ([str(video), "data.stridee=2"], "did you mean 'data.stride'?"),
         ([str(tmp_path / "broken.mp4")], "expected a video that can be decoded"),
-        ([str(tmp_path / "absent.mp4")], "no such file"),
+        ([str(tmp_path / "absent.mp4")], "absent.mp4, no such file; check the path"),
         ([str(video), "--weights", str(plain), *draw], "a network with non-local blocks"),
         ([str(video), "--weights", str(flow)], "expected a folder of flow images for"),
         ([str(video), "--weights", str(tmp_path / "no.pt")], "check the path"),

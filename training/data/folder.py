@@ -194,7 +194,7 @@ def _find_videos(
     else:
         if not root.is_dir():
             raise FileNotFoundError(
-                f"FolderDataset: expected a folder, got {root}; name the folder of the videos"
+                f"FolderDataset: expected a folder, got {root}; data.root names that of the videos"
             )
         expected = f"{root}/ or {root}/CLASS/"
         files = [(path, path.stem) for path in videos_in(root)]
