@@ -52,8 +52,9 @@ def nonlocal_attention(
         scale: factor of every query.key; None means D**-0.5 for softmax and 1 otherwise.
         backend: "auto" (the environment variable NLKERNELS_BACKEND when set, else the fastest
             measured), "reference" (plain autograd, materialises the scores), "chunked", "cpp" (on
-            CPUs), "triton" or "cuda" (on GPUs; "cuda" only when it is asked for, no GPU has run it
-            yet), or "sdpa" (softmax and gaussian only).
+            CPUs), "triton" or "cuda" (on GPUs, unverified there; "auto" takes a kernel that was
+            right on this GPU, "cuda" only where `warmup` also timed it), or "sdpa" (softmax and
+            gaussian only).
         workspace_mib: MiB for tiles of scores; None is 10 on CPUs and 40 on GPUs, 0 the least, 16
             rows of scores, and in the forward of the backend triton none.
 

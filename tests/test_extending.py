@@ -44,6 +44,15 @@ def test_five_steps(title, tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+    for style in (["check"], ["format", "--check"]):
+        linted = subprocess.run(
+            [sys.executable, "-m", "ruff", *style, "."],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert linted.returncode == 0, linted.stdout
 
 
 def _replace(path: Path, diff: str) -> None:
