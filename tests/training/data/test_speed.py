@@ -20,7 +20,7 @@ NAMES = (
     "flipping_pancake.mkv",
 )
 STEPS = 4
-MOST_ROUNDS = 12
+MOST_ROUNDS = 40
 # Of the bare loop's clips per second.
 SHARE = 0.9
 
