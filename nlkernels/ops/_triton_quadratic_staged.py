@@ -29,8 +29,8 @@ from nlkernels import _launch, _tune
 from nlkernels._launch import Config
 from nlkernels._spec import Problem
 from nlkernels.ops import _triton_tiles as tile
+from nlkernels.ops._staged_products import Sum
 from nlkernels.ops._tiles import Buffer, padded, staged_tiles
-from nlkernels.ops._triton_products import Sum
 from nlkernels.ops._triton_tiles import operand, suited
 from nlkernels.ops._triton_units import units
 

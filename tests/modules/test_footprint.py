@@ -13,7 +13,7 @@ from nlkernels import _cuda, _ext
 from nlkernels._memory import PeakMemory
 from nlkernels._spec import Problem
 from nlkernels.modules import NonLocalBlock1d, NonLocalBlock2d, NonLocalBlock3d
-from nlkernels.ops import _cpp, _footprint, _tiles, _triton_products
+from nlkernels.ops import _cpp, _footprint, _staged_products, _tiles
 from nlkernels.ops import _footprint_cpp as cpp
 from nlkernels.ops.softmax import staged_backward
 from tests.cuda import emulated
@@ -203,7 +203,7 @@ def test_cuda_attention_allocates_what_its_formula_says(op, dtype, training, no_
 def test_hopper_takes_no_more(sizes, dtype, no_kernels, monkeypatch):
     """The library's products, which on a GPU allocate nothing either, do not run."""
     monkeypatch.setattr(_cuda, "architecture", lambda tensor: 90)
-    for module in (staged_backward, _triton_products):
+    for module in (staged_backward, _staged_products):
         monkeypatch.setattr(module, "multiply", nothing)
     monkeypatch.setattr(torch.Tensor, "baddbmm_", nothing)
     monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)

@@ -15,6 +15,8 @@ Bitwise repeatable: every sum is one thread's or the library's, in one order.
 Unverified: no GPU has run these kernels; the tests run them in a model of the machine.
 """
 
+import functools
+
 import torch
 
 from nlkernels import _cuda, _tune
@@ -86,7 +88,6 @@ class _Chunks:
         self._grad, self._query, self._out, self._scale = grad, query, out, scale
         self._stats = stats.contiguous()
         self._plan, self._channel_first = plan, channel_first
-        self._delta: torch.Tensor | None = None
         self._sums = Buffer(torch.float32, grad.device)
 
     def fill(
@@ -128,7 +129,7 @@ class _Chunks:
         key_tiles = plan.key_tiles(keys)
         given = [self._stats[0, items], self._stats[1, items]]
         # One key tile reads and writes neither.
-        given.append(self._given()[items] if key_tiles > 1 else given[0])
+        given.append(self._delta[items] if key_tiles > 1 else given[0])
         sums = self._sums.block(3, key_tiles, count * rows if key_tiles > 1 else 0)
         tolerance = staged_backward.CORRECTED_ABOVE * torch.finfo(query.dtype).eps
         _cuda.module(query).hopper_d_scores(
@@ -143,8 +144,7 @@ class _Chunks:
             [tensor.data_ptr() for tensor in (sums, weights, d_scores)],
         )
 
-    def _given(self) -> torch.Tensor:
-        """delta (B,N), computed for all rows when it is first asked for."""
-        if self._delta is None:
-            self._delta = _cuda_attention.delta(self._grad, self._out)
-        return self._delta
+    @functools.cached_property
+    def _delta(self) -> torch.Tensor:
+        """(B,N), computed for all rows when it is first asked for."""
+        return _cuda_attention.delta(self._grad, self._out)

@@ -29,8 +29,8 @@ from collections.abc import Callable
 
 import torch
 
+from nlkernels.ops._staged_products import Sum, multiply
 from nlkernels.ops._tiles import Buffer, padded, staged_tiles
-from nlkernels.ops._triton_products import Sum, multiply
 
 # A row is corrected where its errors add up to more than this part of the dtype's rounding of the
 # sum of its magnitudes: many keys' roundings cancel in dQ, these errors do not.

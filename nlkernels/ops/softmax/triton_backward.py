@@ -7,6 +7,8 @@ a tile
 Unverified: no GPU has run these kernels.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -230,7 +232,6 @@ class _Tiles:
     ) -> None:
         self._problem, self._grad, self._out, self._scale = problem, grad, out, scale
         self._stats = stats
-        self._delta: torch.Tensor | None = None
         self._sums = Buffer(torch.float32, grad.device)
 
     def fill(
@@ -254,7 +255,7 @@ class _Tiles:
             key_tiles = triton.cdiv(keys, config.columns)
             within = key_tiles == 1
             # One key tile reads and writes neither.
-            delta = total if within else self._given()[where].flatten()
+            delta = total if within else self._delta[where].flatten()
             sums = [total] * 3 if within else self._sums.block(3, key_tiles, positions)
             q, g = (operand(t, config.rows, config.depth, config) for t in (query, grad))
             k, v = (operand(t, config.columns, config.depth, config) for t in (key, value))
@@ -302,26 +303,26 @@ class _Tiles:
 
         _tune.run_best("softmax_d_scores", self._problem, grad.device, candidates, run)
 
-    def _given(self) -> torch.Tensor:
-        """delta (B,N), computed for all rows when it is first asked for."""
-        if self._delta is None:
-            batch, rows, channels = self._out.shape
-            self._delta = self._out.new_empty(batch, rows, dtype=torch.float32)
-            _launch.launch(
-                _delta_kernel,
-                (triton.cdiv(batch * rows, _THIN.rows),),
-                self._grad,
-                self._out,
-                self._delta,
-                batch * rows,
-                rows,
-                channels,
-                *self._grad.stride(),
-                config=_THIN,
-                ROWS=_THIN.rows,
-                COLUMNS=_THIN.columns,
-            )
-        return self._delta
+    @functools.cached_property
+    def _delta(self) -> torch.Tensor:
+        """(B,N), computed for all rows when it is first asked for."""
+        batch, rows, channels = self._out.shape
+        delta = self._out.new_empty(batch, rows, dtype=torch.float32)
+        _launch.launch(
+            _delta_kernel,
+            (triton.cdiv(batch * rows, _THIN.rows),),
+            self._grad,
+            self._out,
+            delta,
+            batch * rows,
+            rows,
+            channels,
+            *self._grad.stride(),
+            config=_THIN,
+            ROWS=_THIN.rows,
+            COLUMNS=_THIN.columns,
+        )
+        return delta
 
     def _correct(self, weights: torch.Tensor, d_scores: torch.Tensor, sums: torch.Tensor) -> None:
         _, key_tiles, positions = sums.shape
