@@ -37,7 +37,9 @@ class Backward {
     const std::int64_t factor = sizeof(E), number = sizeof(Number);
     const std::int64_t packed = key_columns_ * (depth_ + value_depth_) + depth_columns_ * key_depth_;
     const std::int64_t sums = key_rows_ * (depth_columns_ + value_columns_);
-    const std::int64_t most = smaller_of(kMostRows, kScoreBytes / (score_row_ * 2 * number));
+    const std::int64_t score_bytes = score_row_ * 2 * number;
+    const std::int64_t most = larger_of(least_rows(score_bytes, packed * factor, p_.threads),
+                                        smaller_of(kMostRows, kScoreBytes / score_bytes));
     const std::int64_t row_bytes = (2 * key_rows_ + depth_columns_ + value_columns_) * factor;
     const std::int64_t least = smaller_of(rounded_up(larger_of(most, 1), kDepth<E>),
                                           rounded_up(p_.queries, kTileRows));
@@ -49,7 +51,7 @@ class Backward {
     const std::int64_t limit = larger_of(0, p_.workspace_limit - items_ * item_bytes);
     const std::int64_t blocks = smaller_of(kFactorBytes, limit) / (row_bytes * items_ * rows_);
     // Whole parts of the second phase's depth: sums then do not depend on where superblocks end.
-    superblock_ = rounded_up(larger_of(blocks, blocks_of(2 * p_.threads, items_)) * rows_,
+    superblock_ = rounded_up(larger_of(blocks, blocks_of(p_.threads, items_)) * rows_,
                              kDepth<E>);
     const std::int64_t even = blocks_of(p_.queries, blocks_of(p_.queries, superblock_));
     superblock_ = smaller_of(rounded_up(even, kDepth<E>), rounded_up(p_.queries, rows_));

@@ -34,7 +34,8 @@ class Forward {
     const std::int64_t free = (p_.workspace_limit - items_ * item_bytes_) / p_.threads;
     const std::int64_t all_bytes = row_bytes + packed_stride<E>(p_.depth) * sizeof(E) +
                                    value_columns_ * sizeof(Number);
-    rows_ = rows_of_block(p_.queries, smaller_of(most, free / all_bytes),
+    const std::int64_t least = least_rows(row_bytes, item_bytes_, p_.threads);
+    rows_ = rows_of_block(p_.queries, larger_of(least, smaller_of(most, free / all_bytes)),
                           blocks_of(kBlocksOfThread * p_.threads, items_));
     blocks_ = blocks_of(p_.queries, rows_);
   }

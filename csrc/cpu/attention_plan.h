@@ -25,11 +25,20 @@ struct FactorOf<Bfloat16> {
 // Scores of a thread: what stays in the second-level cache beside the panels that pass.
 constexpr std::int64_t kScoreBytes = 1 << 20;
 constexpr std::int64_t kMostRows = 192;
+// Fewer rows need their panels faster than memory gives them where these exceed all caches: scores
+// that spill cost less. As long as all threads' scores take no more than what is packed.
+constexpr std::int64_t kLeastRows = 36;
 
 // What packed operands of several batch items may take together.
 constexpr std::int64_t kItemsBytes = 4 << 20;
 // Blocks that a thread gets at least, where there are so many rows: the last ones end together.
 constexpr std::int64_t kBlocksOfThread = 4;
+
+// Rows that a block may have in any case.
+NLK_INLINE std::int64_t least_rows(std::int64_t score_bytes, std::int64_t packed_bytes,
+                                   int threads) {
+  return smaller_of(kLeastRows, packed_bytes / (score_bytes * threads));
+}
 
 NLK_INLINE std::int64_t items_at_a_time(const AttentionProblem& problem, std::int64_t item_bytes) {
   if (problem.threads == 1) return 1;

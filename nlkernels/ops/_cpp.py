@@ -20,7 +20,7 @@ Memory beyond inputs and outputs, for F bytes a factor (2 for pairs of bfloat16,
 sums) and A bytes a sum (4, or 8 in float64), with sizes rounded up to whole vectors:
   forward  : F M (D + V) for an item; for each thread 12 to 192 rows of A (M + V) + F D;
   backward : F M (2 D + V) + A M (D + V) for an item; F (2 M + D + V) for each row of a superblock,
-             which has at least two blocks of rows for each thread, rounded up to 128 rows (256 of
+             which has at least one block of rows for each thread, rounded up to 128 rows (256 of
              pairs); for each thread 12 to 192 rows of 2 A M + A D + F (D + V);
   linear   : 2 F R max(D, V), with R positions, 512 KiB of packed ones or 128 (256 of pairs), and
              (A + F) D V, + F D V in the backward, for an item; for each thread 96 rows of (A + F)
@@ -28,8 +28,8 @@ sums) and A bytes a sum (4, or 8 in float64), with sizes rounded up to whole vec
 These least sizes apply whatever `workspace_mib` (10 where None) is. Where the batch is a multiple
 of the threads, and all this for one thread and one item times the threads is within it, each thread
 has it for items of its own. Else several items are taken at a time where theirs is at most 4 MiB. A
-thread takes more rows as long as its scores are within 1 MiB, and a superblock, where its factors
-are within 8 MiB.
+thread takes more rows as long as its scores are within 1 MiB, 36 where all threads' scores take no
+more than what is packed, and a superblock more, where its factors are within 8 MiB.
 """
 
 from __future__ import annotations

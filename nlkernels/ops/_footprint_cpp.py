@@ -19,7 +19,7 @@ from nlkernels.ops._tiles import DEFAULT_WORKSPACE_MIB, MIB, accumulator_dtype
 VECTOR_BYTES = {"portable": 16, "avx2": 32, "avx512": 64, "avx512_bf16": 64}
 # product.h, pack.h and attention_plan.h.
 TALL_PANEL, ROW_STEP, LINE, WAY = 48, 3, 64, 4096
-MOST_ROWS, BLOCKS_OF_THREAD = 192, 4
+LEAST_ROWS, MOST_ROWS, BLOCKS_OF_THREAD = 36, 192, 4
 SCORE_BYTES, ITEMS_BYTES, FACTOR_BYTES = MIB, 4 * MIB, 8 * MIB
 # linear.h.
 LINEAR_ROWS, CHUNK_BYTES = 96, MIB // 2
@@ -53,6 +53,7 @@ def _forward(problem: Problem, threads: int, limit: int) -> int:
     free = (limit - items * item_bytes) // threads
     all_bytes = row_bytes + query_row * kind.factor + value_columns * kind.number
     most = min(MOST_ROWS, SCORE_BYTES // row_bytes, free // all_bytes)
+    most = max(_least_rows(row_bytes, item_bytes, threads), most)
     rows = kind.rows_of_block(queries, most, _blocks_of(BLOCKS_OF_THREAD * threads, items))
     shared = (
         items * key_columns * depth * kind.factor,
@@ -84,13 +85,14 @@ def _backward(problem: Problem, threads: int, limit: int) -> int:
     item_bytes = packed * kind.factor + sums * kind.number
     row_bytes = (2 * key_rows + depth_columns + value_columns) * kind.factor
     most = min(MOST_ROWS, SCORE_BYTES // (2 * score_bytes))
+    most = max(_least_rows(2 * score_bytes, packed * kind.factor, threads), most)
     least = min(_up(max(most, 1), kind.depth), _up(queries, kind.tile_rows))
     items = _items_at_a_time(batch, item_bytes + row_bytes * least, threads, limit)
 
     rows = kind.rows_of_block(queries, most, _blocks_of(BLOCKS_OF_THREAD * threads, items))
     free = max(0, limit - items * item_bytes)
     blocks = min(FACTOR_BYTES, free) // (row_bytes * items * rows)
-    blocks = max(blocks, _blocks_of(2 * threads, items))
+    blocks = max(blocks, _blocks_of(threads, items))
     even = _blocks_of(queries, _blocks_of(queries, _up(blocks * rows, kind.depth)))
     superblock = min(_up(even, kind.depth), _up(queries, rows))
 
@@ -216,6 +218,11 @@ def _threads(problem: Problem) -> int:
 def _statistics(problem: Problem) -> int:
     wide = accumulator_dtype(problem.dtype).itemsize
     return problem.batch * problem.queries * wide
+
+
+def _least_rows(score_bytes: int, packed_bytes: int, threads: int) -> int:
+    """Rows that a block may have in any case."""
+    return min(LEAST_ROWS, packed_bytes // (score_bytes * threads))
 
 
 def _items_at_a_time(batch: int, item_bytes: int, threads: int, limit: int) -> int:
