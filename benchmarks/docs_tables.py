@@ -1,9 +1,10 @@
-"""Writes the tables of docs/kinds.md and docs/reproduce.md from committed files.
+"""Writes the tables of docs/kinds.md, patching.md and reproduce.md from committed files.
 
 `python -m benchmarks.docs_tables` replaces what stands between the two marker lines; `--check`
 changes nothing and exits with 1 if a document differs. Of kinds, the newest complete result file of
-a device that measured every case of the group "targets" counts; of published runs, the comments at
-the head of every configuration.
+a device that measured every case of the group "targets" counts; of replaced blocks, the newest
+complete one of a device named `*-patched.json`; of published runs, the comments at the head of
+every configuration.
 """
 
 from __future__ import annotations
@@ -59,20 +60,27 @@ def _fits(report: Mapping[str, Any]) -> bool:
 
 
 def _device(path: Path, report: Mapping[str, Any]) -> str:
+    parts = [_table(report, dtype) for dtype in DTYPES]
+    parts.append(
+        f"Forward and backward, medians of {report['settings']['rounds']} interleaved rounds; peak "
+        "of live tensors beyond the operands, results included. *naive* holds the N x M matrix "
+        f"(backend `reference`). {_source(path, report)}"
+    )
+    return "\n\n".join(parts)
+
+
+def _source(path: Path, report: Mapping[str, Any]) -> str:
+    """What was measured on, with what and when."""
     where = report["environment"]
     machine = f"{where['cpu_model']}, {where['threads']} threads, {where['instruction_set']}"
     if where["gpu"]:
         machine = where["gpu"]["name"]
     versions = ", ".join(f"{name} {one}" for name, one in where["versions"].items() if one)
     link = f"../{path.relative_to(ROOT).as_posix()}" if path.is_relative_to(ROOT) else path.name
-    parts = [_table(report, dtype) for dtype in DTYPES]
-    parts.append(
-        f"Forward and backward, medians of {report['settings']['rounds']} interleaved rounds; peak "
-        "of live tensors beyond the operands, results included. *naive* holds the N x M matrix "
-        f"(backend `reference`). {machine}; {versions}; commit {(where['git_hash'] or '')[:12]}; "
-        f"{report['date'][:10]}. Source: [`{path.name}`]({link})."
+    return (
+        f"{machine}; {versions}; commit {(where['git_hash'] or '')[:12]}; {report['date'][:10]}. "
+        f"Source: [`{path.name}`]({link})."
     )
-    return "\n\n".join(parts)
 
 
 def _table(report: Mapping[str, Any], dtype: str) -> str:
@@ -100,6 +108,51 @@ def _line(kind: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
         ours["backend"],
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def patched(results: Path = RESULTS) -> str:
+    """The tables of replaced blocks in Markdown, one for each device.
+
+    Raises:
+        ValueError: No complete file measured replaced blocks.
+    """
+    newest: dict[str, tuple[Path, Mapping[str, Any]]] = {}
+    reports = ((path, load(path)) for path in results.glob("*/*-patched.json"))
+    for path, report in sorted(reports, key=lambda found: found[1]["date"]):
+        if report["complete"]:
+            newest[report["environment"]["slug"]] = path, report
+    if not newest:
+        raise ValueError(
+            f"docs tables: expected a complete *-patched.json under {results}, found none; "
+            "run python -m tests.patching.measure"
+        )
+    return "\n\n".join(_replaced(path, report) for path, report in newest.values())
+
+
+def _replaced(path: Path, report: Mapping[str, Any]) -> str:
+    lines = [
+        "| block | kind | N x M | its own ms | replaced ms | speed | its own MiB | replaced MiB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    rows = iter(report["rows"])
+    for own, ours in zip(rows, rows, strict=True):
+        if own["status"] != "ok":
+            reason, *_ = own["reason"].split(";")
+            cells = ["-", "-", "-", "-", reason, "-"]
+        else:
+            times = [row["time_ms"]["p50"] for row in (own, ours)]
+            cells = [
+                f"{ours['scores']:,}",
+                *(f"{time:.1f}" for time in times),
+                f"{times[0] / times[1]:.2f}x",
+                *(f"{row['peak_mib']:.0f}" for row in (own, ours)),
+            ]
+        lines.append("| " + " | ".join([own["case"], own["kind"], *cells]) + " |")
+    return "\n".join(lines) + (
+        "\n\nForward and backward of one clip in float32, the same weights, medians of "
+        f"{report['settings']['rounds']} interleaved rounds; peak of live tensors beyond the "
+        f"block's own, results included. {_source(path, report)}"
+    )
 
 
 def runs(folder: Path = CONFIGS) -> str:
@@ -139,7 +192,11 @@ def _head(text: str) -> dict[str, str]:
     return found
 
 
-DOCUMENTS: dict[str, Callable[[], str]] = {"kinds.md": tables, "reproduce.md": runs}
+DOCUMENTS: dict[str, Callable[[], str]] = {
+    "kinds.md": tables,
+    "patching.md": patched,
+    "reproduce.md": runs,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
