@@ -31,12 +31,13 @@ videos-folder:
 test: ## all tests but the long ones, in a fresh environment
 	rm -rf .venv-test
 	$(MAKE) --no-print-directory .venv-test/ready
-	.venv-test/bin/python $(PYTEST) -m "not gate"
+	.venv-test/bin/python $(PYTEST) -m "not gate" --junitxml=build/tests/test.xml
 
 gates: .venv-test/ready .venv-gates36/ready .venv-foreign/ready ## the long tests; the kernels with Triton 3.6.0, too; parity with other packages
-	.venv-foreign/bin/python $(PYTEST) tests/foreign
-	.venv-gates36/bin/python $(PYTEST) $(TRITON_TESTS)
-	.venv-test/bin/python $(PYTEST) -m gate
+	.venv-foreign/bin/python $(PYTEST) tests/foreign --junitxml=build/tests/foreign.xml
+	.venv-gates36/bin/python $(PYTEST) tests/gates/test_compile.py --junitxml=build/tests/compile36.xml
+	.venv-gates36/bin/python $(PYTEST) -m "not gate" $(TRITON_TESTS) --junitxml=build/tests/triton36.xml
+	.venv-test/bin/python $(PYTEST) -m gate --junitxml=build/tests/gates.xml
 
 lint: .venv/ready ## style of the Python code
 	.venv/bin/ruff check .
