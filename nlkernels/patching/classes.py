@@ -7,7 +7,7 @@ class, and loading it needs nlkernels beside the other package.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -96,12 +96,23 @@ def exchange(module: nn.Module, kind: type[Exchanged]) -> None:
     module.__class__ = made
 
 
-def give_back(module: nn.Module) -> None:
-    """Undo `exchange`."""
-    own = module.nonlocal_original
-    for name in (*_OPTIONS, PLACE):
-        module.__dict__.pop(name, None)
-    module.__class__ = own
+def give_back(named: Mapping[str, nn.Module]) -> None:
+    """Undo `exchange` for exchanged modules by their names: for all, or none.
+
+    Raises:
+        RuntimeError: a class derives from the exchanged one, as parametrizations and fully_shard
+            make them; the module's own class would not have what that one keeps.
+    """
+    for name, module in named.items():
+        if "nonlocal_original" not in vars(type(module)):
+            raise RuntimeError(
+                f"restore: expected {name or 'the model'} to be as it was exchanged, got a "
+                f"{type(module).__name__}; undo what changed its class since"
+            )
+    for module in named.values():
+        for name in (*_OPTIONS, PLACE):
+            module.__dict__.pop(name, None)
+        module.__class__ = module.nonlocal_original
 
 
 def is_exchanged(module: nn.Module) -> bool:

@@ -155,7 +155,7 @@ def insert_nonlocal(
     )
     for place, module in modules.items():
         _extend(module, name, blocks[place])
-        report.on_restore(partial(_take_out, module, name))
+    report.on_restore(partial(_take_out, modules, name))
     return report
 
 
@@ -369,12 +369,7 @@ def _hides_its_children(module: nn.Module) -> bool:
     return _calls_children(module) and type(module).forward is not nn.Sequential.forward
 
 
-def _take_out(module: nn.Module, name: str) -> None:
-    if not _calls_children(module):
-        if not isinstance(module, Extended):
-            raise RuntimeError(
-                f"restore: expected a {type(module).__name__} as it was extended, got another "
-                "class; undo what changed it since"
-            )
-        give_back(module)
-    del module._modules[name]
+def _take_out(modules: dict[str, nn.Module], name: str) -> None:
+    give_back({place: m for place, m in modules.items() if not _calls_children(m)})
+    for module in modules.values():
+        del module._modules[name]

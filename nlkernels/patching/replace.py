@@ -1,6 +1,6 @@
 """Blocks of other packages, computed by this one, in a model that stays what it is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 from nlkernels._spec import BACKENDS, autocasts, check_choice
 from nlkernels._warmup import unchanged
 from nlkernels.patching import clips
-from nlkernels.patching.classes import Replaced, exchange, give_back, is_exchanged
+from nlkernels.patching.classes import Replaced, exchange, give_back
 from nlkernels.patching.report import Report, Row, row_of
 from nlkernels.patching.systems import Found, find
 from nlkernels.patching.twins import difference
@@ -135,6 +135,7 @@ def restore_nonlocal(model: nn.Module) -> int:
 
     Raises:
         TypeError: no module.
+        RuntimeError: a block's class was changed since, as by parametrizations; nothing is changed.
 
     Example:
         >>> import torch, nlkernels
@@ -146,10 +147,13 @@ def restore_nonlocal(model: nn.Module) -> int:
             f"restore_nonlocal: expected a module, got {type(model).__name__}; pass the model "
             "whose blocks were replaced"
         )
-    replaced = [module for module in model.modules() if isinstance(module, Replaced)]
-    for module in replaced:
-        give_back(module)
+    replaced = _exchanged(dict(model.named_modules()))
+    give_back(replaced)
     return len(replaced)
+
+
+def _exchanged(named: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {name: module for name, module in named.items() if isinstance(module, Replaced)}
 
 
 def _selected(model: nn.Module, only: str | Sequence[str] | None) -> list[Found]:
@@ -228,21 +232,10 @@ def _replaced(found: list[Found], seen: dict[str, torch.Tensor], backend: str | 
         if backend is not None:
             each.module.backend = backend
         rows.append(_row(each, seen.get(each.name)))
-    report = Report(rows, {each.name: each.module for each in found})
-    report.on_restore(lambda: _restore(found))
+    blocks = {each.name: each.module for each in found}
+    report = Report(rows, dict(blocks))
+    report.on_restore(lambda: give_back(_exchanged(blocks)))
     return report
-
-
-def _restore(found: list[Found]) -> None:
-    for each in found:
-        if is_exchanged(each.module) and "nonlocal_original" not in vars(type(each.module)):
-            raise RuntimeError(
-                f"restore: expected {each.name} to be as it was replaced, got a "
-                f"{type(each.module).__name__}; undo what changed its class since"
-            )
-    for each in found:
-        if isinstance(each.module, Replaced):
-            give_back(each.module)
 
 
 def _row(each: Found, x: torch.Tensor | None) -> Row:

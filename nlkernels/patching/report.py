@@ -93,7 +93,8 @@ class Report(Sequence[Row]):
         leave it, and stay in `blocks`.
 
         Raises:
-            RuntimeError: a module's class was changed since, as by fully_shard.
+            RuntimeError: a module's class was changed since, as by parametrizations or fully_shard;
+                nothing is changed.
         """
         while self._undo:
             self._undo[-1]()
