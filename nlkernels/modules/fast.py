@@ -48,8 +48,8 @@ def obstacles(block: "NonLocalBlock") -> list[str]:
     found = []
     for name in _PARTS:
         part = getattr(block, name, None)
-        if part is not None and is_watched(part):
-            found.append(f"{name} has hooks, which see what passes there")
+        if part is not None and (why := added(part)):
+            found.append(f"{name} has {why}")
         elif isinstance(part, nn.Module) and type(part) is not _type_of(block, name, part):
             found.append(f"{name} is a {type(part).__name__}")
     window = block.pool_size
@@ -58,15 +58,17 @@ def obstacles(block: "NonLocalBlock") -> list[str]:
     return found
 
 
-def is_watched(part: nn.Module) -> bool:
-    """Whether hooks of a layer see what passes through it."""
+def added(part: nn.Module) -> str:
+    """What a layer has beyond its class, so that it has to be called; "" if nothing."""
+    if "forward" in part.__dict__:
+        return "a forward of its own"
     hooks = (
         part._forward_hooks,
         part._forward_pre_hooks,
         part._backward_hooks,
         part._backward_pre_hooks,
     )
-    return any(len(each) > 0 for each in hooks)
+    return "hooks, which see what passes there" if any(map(len, hooks)) else ""
 
 
 def _type_of(block: "NonLocalBlock", name: str, part: nn.Module) -> type:

@@ -85,8 +85,6 @@ class PoolAfter(View):
     phi = property(lambda self: None if self._bare else convolution(self.module.phi))
     g = property(lambda self: convolution(self.module.g))
     _bare = property(lambda self: self.kind == "gaussian")
-    # The name of the layer that makes a concatenation's scores.
-    joined = "concat_project"
 
     @property
     def pool(self) -> nn.Module | None:
@@ -100,9 +98,9 @@ class PoolAfter(View):
         if self.kind == "concat":
             if nn.modules.module._has_any_global_hook():
                 return "hooks of all modules, which see a concatenation's scores"
-            for name, part in self.module.concat_project.named_modules():
-                if fast.is_watched(part):
-                    return f"hooks of {self.joined} {name}, which see all scores".replace("  ", " ")
+            for name, part in self.module.concat_project.named_modules(prefix="concat_project"):
+                if why := fast.added(part):
+                    return f"{name}, which has {why}"
         return ""
 
     def maps(self, x):
@@ -235,8 +233,8 @@ class Region(EndsInW):
             return ""
         if nn.modules.module._has_any_global_hook():
             return "hooks of all modules, which see the scores"
-        if fast.is_watched(self.module.relu):
-            return "hooks of relu, which see all scores"
+        if why := fast.added(self.module.relu):
+            return f"relu, which has {why}"
         return self._other_relu()
 
     def _other_relu(self) -> str:

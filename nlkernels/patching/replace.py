@@ -205,7 +205,7 @@ def _selected(model: nn.Module, only: str | Sequence[str] | None) -> list[Found]
 def _design(module: nn.Module) -> tuple[Any, ...]:
     """What decides about a block's function besides its weights."""
     scalars = {n: v for n, v in vars(module).items() if isinstance(v, bool | int | float | str)}
-    parameters = tuple((p.requires_grad, p.shape) for p in module.parameters())
+    parameters = tuple((n, p.requires_grad, p.shape) for n, p in module.named_parameters())
     return type(module), repr(module), tuple(sorted(scalars.items())), parameters
 
 

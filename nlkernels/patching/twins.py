@@ -29,7 +29,9 @@ _HOOKS = (
 
 
 def twin(module: nn.Module, dtype: torch.dtype | None = None, device: object = None) -> nn.Module:
-    """A module of the same classes and values without hooks; its tensors are copies.
+    """A module of the same classes and values; its tensors are copies.
+
+    Hooks and forwards of the instance are left out: they may refer to the module itself.
 
     Args:
         module: it.
@@ -47,6 +49,7 @@ def twin(module: nn.Module, dtype: torch.dtype | None = None, device: object = N
 
     made = type(module).__new__(type(module))
     made.__dict__.update(module.__dict__)
+    made.__dict__.pop("forward", None)
     made.__dict__.update({name: OrderedDict() for name in _HOOKS})
     made.__dict__["_parameters"] = {
         name: None if each is None else nn.Parameter(copied(each), each.requires_grad)

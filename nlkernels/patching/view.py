@@ -166,8 +166,8 @@ class View:
         if nn.modules.module._has_any_global_hook():
             return ["hooks of all modules see what passes"]
         for name, part in self.module.named_modules():
-            if part is not self.module and fast.is_watched(part):
-                return [f"{name} has hooks, which see what passes there"]
+            if part is not self.module and (why := fast.added(part)):
+                return [f"{name} has {why}"]
         for name in _PROJECTIONS:
             part = getattr(self, name)
             if part is not None and not _is_pointwise(part, self.dims):
