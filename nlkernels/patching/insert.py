@@ -1,21 +1,19 @@
 """New blocks behind named modules of a model that has none."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from nlkernels._spec import describe
-from nlkernels._warmup import unchanged
 from nlkernels.modules import NonLocalBlock1d, NonLocalBlock2d, NonLocalBlock3d
 from nlkernels.modules.base import NonLocalBlock
 from nlkernels.modules.layers import is_identity
 from nlkernels.modules.presets import preset_options
-from nlkernels.patching import clips
+from nlkernels.patching import clips, probe
 from nlkernels.patching.classes import PLACE, Extended, exchange, give_back, is_exchanged
 from nlkernels.patching.report import Report, row_of
 
@@ -23,8 +21,6 @@ _WHERE = "insert_nonlocal"
 _BLOCKS = {1: NonLocalBlock1d, 2: NonLocalBlock2d, 3: NonLocalBlock3d}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _UNCALLED = (nn.ModuleList, nn.ModuleDict)
-# Pixels of a clip that only shapes are made of: what the heads of most networks ask for.
-_EDGE = 224
 
 
 class FramesBlock(NonLocalBlock3d):
@@ -93,8 +89,8 @@ def insert_nonlocal(
             H, W), (B, C, H, W) or (B, C, L).
         preset: options of a published system, as for `NonLocalBlock3d.from_preset`.
         channels: C of all these outputs, or of each; the report has no sizes then. None finds
-            them out: the model runs without data on the device "meta", or where it cannot, in
-            evaluation mode on random numbers.
+            them out: a copy of the model, without its hooks, runs without data on the device
+            "meta", or where it cannot, in evaluation mode on random numbers.
         clip: for that run, the model's input or its shape; None takes (2, C, 16, 224, 224) or
             (2, C, 224, 224), with C of the model's first convolution.
         segments: T where the model works on frames (N T, C, H, W), as TSM does: a block for clips
@@ -111,12 +107,14 @@ def insert_nonlocal(
 
     Raises:
         ValueError: an unknown name; one that returns no such tensor, that has a child of this name
-            already, or that was replaced or extended before; a model in DistributedDataParallel; a
-            clip that the model does not take; what the block's constructor raises.
+            already, or that was replaced or extended before; a model in DistributedDataParallel, a
+            lazy one, or one that cannot be copied for the run; a clip that the model does not take;
+            what the block's constructor raises.
         TypeError: no module; an unknown option.
 
     Memory:
-        Parameters of the blocks. The run needs none on "meta".
+        Parameters of the blocks. The run needs none on "meta"; elsewhere the copy has the model's
+        own parameters.
 
     Example:
         >>> import torch, nlkernels
@@ -138,7 +136,7 @@ def insert_nonlocal(
     options = {"backend": backend, **options}
     shapes: dict[str, Any] = dict.fromkeys(modules)
     if channels is None:
-        shapes = _shapes(model, modules, clip)
+        shapes = probe.shapes(_WHERE, clips.inner(model), modules, clip, name)
         made = {place: (shape[1], len(shape) - 2) for place, shape in shapes.items()}
     else:
         made = _given(model, modules, channels)
@@ -229,75 +227,6 @@ def _given(
             )
         made[place] = (count, found.weight.dim() - 2)
     return made
-
-
-def _shapes(
-    model: nn.Module, modules: dict[str, nn.Module], clip: Any
-) -> dict[str, tuple[int, ...]]:
-    """What each module returns, (B, C, *positions)."""
-    inner = clips.inner(model)
-    if clip is None:
-        clip = clips.guessed_shape(_WHERE, inner, _EDGE)
-    try:
-        seen = _watched(modules, lambda: _run_on_meta(inner, clip))
-    except Exception:  # it makes tensors elsewhere, or asks for their values
-        sample = clips.clip_for(_WHERE, inner, clip, None)
-        try:
-            seen = _watched(modules, lambda: _run(inner, sample))
-        except Exception as error:
-            said = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(
-                f"{_WHERE}: expected a clip that the model takes, got {describe(sample)} ({said}); "
-                "pass clip=, its input or the shape of that"
-            ) from error
-    for place in modules:
-        shape = seen.get(place, "nothing: it was not called")
-        if not isinstance(shape, tuple) or not 3 <= len(shape) <= 5:
-            raise ValueError(
-                f"{_WHERE}: expected {place} to return one tensor (B, C, T, H, W), (B, C, H, W) or "
-                f"(B, C, L), got {shape}; name a module that does"
-            )
-    return seen
-
-
-def _watched(modules: dict[str, nn.Module], run: Callable[[], Any]) -> dict[str, Any]:
-    """Shapes of what modules return in a run, or the types of what is no tensor."""
-    seen: dict[str, Any] = {}
-
-    def watch(place: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: Any, output: Any) -> None:
-            tensor = isinstance(output, torch.Tensor)
-            seen[place] = tuple(output.shape) if tensor else f"a {type(output).__name__}"
-
-        return record
-
-    handles = [m.register_forward_hook(watch(place)) for place, m in modules.items()]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def _run_on_meta(model: nn.Module, clip: Any) -> None:
-    shape = tuple(clip.shape) if isinstance(clip, torch.Tensor) else tuple(clip)
-    first = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    state = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        functional_call(model, state, torch.empty(shape, dtype=first, device="meta"))
-
-
-def _run(model: nn.Module, clip: torch.Tensor) -> None:
-    modes = {module: module.training for module in model.modules()}
-    with unchanged(model), torch.no_grad():
-        model.eval()
-        try:
-            model(clip)
-        finally:
-            for module, training in modes.items():
-                module.training = training
 
 
 def _clips_of(shape: tuple[int, ...] | None, segments: int | None) -> tuple[int, ...] | None:
