@@ -1,6 +1,7 @@
 """New blocks behind named modules of a model that has none."""
 
 import difflib
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -14,13 +15,21 @@ from nlkernels.modules.base import NonLocalBlock
 from nlkernels.modules.layers import is_identity
 from nlkernels.modules.presets import preset_options
 from nlkernels.patching import clips, probe
-from nlkernels.patching.classes import PLACE, Extended, exchange, give_back, is_exchanged
+from nlkernels.patching.classes import (
+    PLACE,
+    Extended,
+    exchange,
+    exchanged_class,
+    give_back,
+    is_exchanged,
+)
 from nlkernels.patching.report import Report, row_of
 
 _WHERE = "insert_nonlocal"
 _BLOCKS = {1: NonLocalBlock1d, 2: NonLocalBlock2d, 3: NonLocalBlock3d}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _UNCALLED = (nn.ModuleList, nn.ModuleDict)
+_ALL_CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
 
 
 class FramesBlock(NonLocalBlock3d):
@@ -107,9 +116,11 @@ def insert_nonlocal(
 
     Raises:
         ValueError: an unknown name; one that returns no such tensor, that has a child of this name
-            already, or that was replaced or extended before; a model in DistributedDataParallel, a
-            lazy one, or one that cannot be copied for the run; a clip that the model does not take;
-            what the block's constructor raises.
+            already, that was replaced or extended before, or that cannot be extended: a
+            ScriptModule, an instance with a forward of its own, a forward that goes through all
+            children; two names of one module; a model in DistributedDataParallel, a lazy one, or
+            one that cannot be copied for the run; a clip that the model does not take; what the
+            block's constructor raises.
         TypeError: no module; an unknown option.
 
     Memory:
@@ -147,20 +158,25 @@ def insert_nonlocal(
     for place, block in blocks.items():
         _move(block, modules[place], model)
         shape = _clips_of(shapes[place], segments)
-        rows.append(row_of(f"{names[place]}.{name}", preset, block, shape, block.training))
+        where = f"{names[place]}.{name}" if names[place] else name
+        rows.append(row_of(where, preset, block, shape, block.training))
     report = Report(
         rows, {row.where: block for row, block in zip(rows, blocks.values(), strict=True)}
     )
-    for place, module in modules.items():
-        _extend(module, name, blocks[place])
-    report.on_restore(partial(_take_out, modules, name))
+    report.on_restore(partial(_take_out, modules, blocks, name))
+    try:
+        for place, module in modules.items():
+            _extend(module, name, blocks[place])
+    except BaseException:
+        report.restore()
+        raise
     return report
 
 
 def _places(
     model: nn.Module, at: str | Sequence[str], name: str
 ) -> tuple[dict[str, str], dict[str, nn.Module]]:
-    """The modules to extend, by the names that the caller gave."""
+    """The names in the model of the modules to extend, and these; by what the caller calls them."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"{_WHERE}: expected a module, got {type(model).__name__}; pass the model that is to "
@@ -172,44 +188,93 @@ def _places(
             "which would not average the gradients of new blocks; insert them, then wrap the model"
         )
     listed = [at] if isinstance(at, str) else list(at)
-    known = dict(model.named_modules())
     if not listed or len(set(listed)) != len(listed):
         raise ValueError(
             f"{_WHERE}: expected names of modules, each once, got {at!r}; such as 'layer2.1'"
         )
+    known = dict(model.named_modules())
     # Names inside of a compiled model serve without its prefix.
-    inside = {id(module): inner for inner, module in clips.inner(model).named_modules()}
-    names, modules = {}, {}
+    inside = dict(clips.inner(model).named_modules())
+    modules: dict[str, nn.Module] = {}
     for place in listed:
-        module = known.get(place, dict(clips.inner(model).named_modules()).get(place))
+        module = inside.get(place, known.get(place))
         if module is None:
             near = difflib.get_close_matches(str(place), list(known), n=3, cutoff=0.3)
             raise ValueError(
                 f"{_WHERE}: expected names of modules, got {place!r}; "
                 + (f"near ones are {', '.join(near)}" if near else "print(model) shows them")
             )
-        if is_exchanged(module):
+        other = next((name for name, m in modules.items() if m is module), None)
+        if other is not None:
             raise ValueError(
-                f"{_WHERE}: expected {place} as its package made it, got one that was replaced or "
-                "extended; call restore() of that report first"
+                f"{_WHERE}: expected names of different modules, got {other!r} and {place!r} of "
+                "one module; leave one of them out"
             )
-        if isinstance(module, _UNCALLED) or _hides_its_children(module):
+        if module not in inside.values():
             raise ValueError(
-                f"{_WHERE}: expected {place} to be a layer or a plain sequence, got a "
-                f"{type(module).__name__}, which may call its children or not; name its last child"
+                f"{_WHERE}: expected {place} to be a module of the model itself, got a "
+                f"{type(module).__name__}, its wrapper; name the module inside"
             )
-        if hasattr(module, name) or "." in name or not name:
-            raise ValueError(
-                f"{_WHERE}: expected a name that {place} does not have, got {name!r}; pass another"
-            )
-        names[place], modules[place] = inside.get(id(module), place), module
-    return names, modules
+        _check_place(place, module, name)
+        modules[place] = module
+    names = {id(module): where for where, module in known.items()}
+    return {place: names[id(module)] for place, module in modules.items()}, modules
+
+
+def _check_place(place: str, module: nn.Module, name: str) -> None:
+    """That a module can have a block of this name.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    place = place or "the model"
+    if is_exchanged(module):
+        raise ValueError(
+            f"{_WHERE}: expected {place} as its package made it, got one that was replaced or "
+            "extended; call restore() of that report first"
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(
+            f"{_WHERE}: expected {place} to be a module in Python, got a ScriptModule, whose "
+            "forward is compiled; insert blocks before torch.jit.script"
+        )
+    if "forward" in vars(module):
+        raise ValueError(
+            f"{_WHERE}: expected {place} to have the forward of its class, got an instance with a "
+            "forward of its own, which would not call the block; delete that attribute, or name "
+            "another module"
+        )
+    if isinstance(module, _UNCALLED) or _hides_its_children(module):
+        raise ValueError(
+            f"{_WHERE}: expected {place} to be a layer or a plain sequence, got a "
+            f"{type(module).__name__}, which may call its children or not; name its last child"
+        )
+    if hasattr(module, name) or "." in name or not name:
+        raise ValueError(
+            f"{_WHERE}: expected a name that {place} does not have, got {name!r}; pass another"
+        )
+    if _calls_children(module):
+        return
+    try:
+        exchanged_class(Extended, type(module))
+    except Exception as error:
+        raise ValueError(
+            f"{_WHERE}: expected {place} to be of a class that can be derived from, got a "
+            f"{type(module).__name__} ({error}); name another module"
+        ) from error
 
 
 def _given(
     model: nn.Module, modules: dict[str, nn.Module], channels: int | Sequence[int]
 ) -> dict[str, tuple[int, int]]:
     """Channels as the caller named them, and dimensions as of the first convolution."""
+    for place, module in modules.items():
+        if not _calls_children(module) and _names_children(type(module)):
+            raise ValueError(
+                f"{_WHERE}: expected {place} to call its children by their names, got a "
+                f"{type(module).__name__}, whose forward may go through its children and call the "
+                "block as well; name its last child, or leave channels out: a run tells"
+            )
     counts = [channels] * len(modules) if isinstance(channels, int) else list(channels)
     if len(counts) != len(modules):
         raise ValueError(
@@ -293,12 +358,21 @@ def _calls_children(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential)
 
 
+def _names_children(cls: type[nn.Module]) -> bool:
+    """Whether the forward of a class mentions all children at once."""
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+    return code is not None and not _ALL_CHILDREN.isdisjoint(code.co_names)
+
+
 def _hides_its_children(module: nn.Module) -> bool:
     """Whether a sequence has a forward of its own."""
     return _calls_children(module) and type(module).forward is not nn.Sequential.forward
 
 
-def _take_out(modules: dict[str, nn.Module], name: str) -> None:
-    give_back({place: m for place, m in modules.items() if not _calls_children(m)})
-    for module in modules.values():
-        del module._modules[name]
+def _take_out(modules: dict[str, nn.Module], blocks: dict[str, nn.Module], name: str) -> None:
+    give_back({place: m for place, m in modules.items() if isinstance(m, Extended)})
+    for place, module in modules.items():
+        child = module._modules.get(name)
+        # It may be wrapped by now, or be gone for another.
+        if child is not None and any(part is blocks[place] for part in child.modules()):
+            del module._modules[name]

@@ -65,16 +65,16 @@ def shapes(
         seen, through = _run(where, model, modules, sample, name)
     if through:
         raise ValueError(
-            f"{where}: expected {through[0]} to call its children by their names, got a "
-            f"{type(modules[through[0]]).__name__}, whose forward goes through its children and "
-            "would call the block as well; name its last child"
+            f"{where}: expected {through[0] or 'the model'} to call its children by their names, "
+            f"got a {type(modules[through[0]]).__name__}, whose forward goes through its children "
+            "and would call the block as well; name its last child"
         )
     for place in modules:
         shape = seen.get(place, "nothing: it was not called")
         if not isinstance(shape, tuple) or not 3 <= len(shape) <= 5:
             raise ValueError(
-                f"{where}: expected {place} to return one tensor (B, C, T, H, W), (B, C, H, W) or "
-                f"(B, C, L), got {shape}; name a module that does"
+                f"{where}: expected {place or 'the model'} to return one tensor (B, C, T, H, W), "
+                f"(B, C, H, W) or (B, C, L), got {shape}; name a module that does"
             )
     return seen
 

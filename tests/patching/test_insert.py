@@ -153,8 +153,8 @@ def test_copies_and_compiled_models():
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     expected = compiled(x)
     report = insert_nonlocal(compiled, at=["layer2.0"], backend="chunked")
-    assert report[0].where == "layer2.0.nl"
-    nn.init.ones_(report.blocks["layer2.0.nl"].norm.weight)
+    assert report[0].where == "_orig_mod.layer2.0.nl"
+    nn.init.ones_(report.blocks["_orig_mod.layer2.0.nl"].norm.weight)
     changed = model(x)
     assert not torch.allclose(changed, expected)
     torch.testing.assert_close(compiled(x), changed)

@@ -1,5 +1,7 @@
 """What blocks can stand behind, what finding their channels leaves alone, and the way back."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -22,10 +24,68 @@ class Plain(nn.Module):
         return self.head(self.stem(x))
 
 
+class Children(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv3d(3, 8, 1), nn.Conv3d(8, 8, 1)
+
+    def forward(self, x):
+        for layer in self.children():
+            x = layer(x)
+        return x
+
+
+class Keyed(nn.Conv3d):
+    def __init_subclass__(cls, key, **options):
+        super().__init_subclass__(**options)
+
+
 def assert_plain(model, keys):
     assert list(model.state_dict()) == keys
     assert not any("nonlocal_original" in vars(type(m)) for m in model.modules())
     assert not any(name.startswith("nonlocal") for m in model.modules() for name in vars(m))
+
+
+def own_forward(model):
+    own = model.stem.forward
+    model.stem.forward = lambda x: own(x)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make", "at", "message"),
+    [
+        (lambda: Plain(head=torch.jit.script(nn.Conv3d(8, 4, 1))), "head", "ScriptModule"),
+        (lambda: Plain(head=Keyed(8, 4, 1)), "head", "class that can be derived from.*'key'"),
+        (lambda: own_forward(Plain(head=nn.Conv3d(8, 4, 1))), "stem", "forward of its own"),
+        (lambda: Plain(stem=Children()), "stem", "go(es)? through its children"),
+        (lambda: torch.compile(Plain(), backend="eager"), "_orig_mod.stem", "one module"),
+        (lambda: torch.compile(nn.DataParallel(Plain()), backend="eager"), "_orig_mod", "wrapper"),
+    ],
+    ids=["scripted", "keyword", "instance forward", "children", "twice", "wrapper"],
+)
+@pytest.mark.parametrize("found", [{"clip": CLIP}, {"channels": 8}], ids=["run", "channels"])
+def test_places_that_cannot_be_extended_are_refused(make, at, message, found):
+    model = make()
+    keys = list(model.state_dict())
+    others = [name for name in ("stem", "head") if name != at]
+    with pytest.raises(ValueError, match=f"insert_nonlocal: expected .*{message}.*; "):
+        insert_nonlocal(model, at=[*others, at], **found)
+    assert_plain(model, keys)
+
+
+def test_a_failure_on_the_way_changes_nothing(monkeypatch):
+    model = Plain()
+    keys = list(model.state_dict())
+
+    def refuse(name, module):
+        raise RuntimeError("no child for me")
+
+    model.head.add_module = refuse
+    with pytest.raises(RuntimeError, match="no child for me"):
+        insert_nonlocal(model, at=["stem", "head"], channels=[8, 4])
+    assert_plain(model, keys)
 
 
 class Remembers(Plain):
@@ -103,3 +163,42 @@ def test_a_parametrized_block_is_given_back_after_its_parametrization():
         assert type(model[0]) is not Nonlocal and model[1].scale == 1
     remove_parametrizations(model[1], "scale")
     assert restore_nonlocal(model) == 2 and type(model[0]) is type(model[1]) is Nonlocal
+
+
+@pytest.mark.parametrize(
+    ("wrap", "at", "name"),
+    [
+        (lambda m: m, "", "nl"),
+        (lambda m: m, "stem", "stem.nl"),
+        (nn.DataParallel, "stem", "module.stem.nl"),
+        (nn.DataParallel, "module.stem", "module.stem.nl"),
+        (nn.DataParallel, "", "module.nl"),
+        (lambda m: torch.compile(m, backend="eager"), "", "_orig_mod.nl"),
+    ],
+)
+def test_blocks_bear_the_names_of_their_keys(wrap, at, name):
+    model = Plain()
+    wrapped, keys = wrap(model), list(model.state_dict())
+    report = insert_nonlocal(wrapped, at=[at], clip=CLIP)
+    assert list(report.blocks) == [row.where for row in report] == [name]
+    assert f"{name}.theta.weight" in wrapped.state_dict()
+    calls = []
+    report.blocks[name].register_forward_hook(lambda *_: calls.append(1))
+    model(torch.randn(CLIP))
+    assert calls == [1]
+    report.restore()
+    assert_plain(model, keys)
+
+
+def test_what_the_caller_removed_or_wrapped_does_not_stop_the_way_back():
+    model, x = Plain(nn.Sequential(nn.Conv3d(3, 8, 1))), torch.randn(CLIP)
+    keys, expected = list(model.state_dict()), model(x)
+    removed = copy.deepcopy(model)
+    with insert_nonlocal(removed, at=["stem", "head", ""], channels=[8, 4, 4]):
+        del removed.stem.nl, removed.head.nl
+    assert_plain(removed, keys)
+    torch.testing.assert_close(removed(x), expected)
+    with insert_nonlocal(model, at=["stem", "head"], channels=[8, 4]):
+        for place in (model.stem, model.head):
+            place.nl = nn.Sequential(place.nl)
+    assert_plain(model, keys)
