@@ -9,6 +9,7 @@ class, and loading it needs nlkernels beside the other package.
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from nlkernels.patching.view import View
 PLACE = "nonlocal_place"
 # What a replaced block keeps in its instance; None means unset.
 _OPTIONS = ("backend", "fused", "recompute")
+# The token of a module's last exchange: a report gives back no exchange but its own.
+_last: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 
 
 class Exchanged:
@@ -86,14 +89,16 @@ class Extended(Exchanged):
         return block(super().forward(*args, **kwargs))
 
 
-def exchange(module: nn.Module, kind: type[Exchanged]) -> None:
-    """Let a module be of the exchanged class of its own."""
+def exchange(module: nn.Module, kind: type[Exchanged]) -> object:
+    """Let a module be of the exchanged class of its own; the token is for `is_exchanged_by`."""
     made = exchanged_class(kind, type(module))
     if kind is Replaced:
         # Maps of another forward would be taken for those of the last one.
         stored = (name for name in made.nonlocal_view.stored if name in vars(module))
         vars(module).update(dict.fromkeys(stored))
     module.__class__ = made
+    token = _last[module] = object()
+    return token
 
 
 def give_back(named: Mapping[str, nn.Module]) -> None:
@@ -113,11 +118,17 @@ def give_back(named: Mapping[str, nn.Module]) -> None:
         for name in (*_OPTIONS, PLACE):
             module.__dict__.pop(name, None)
         module.__class__ = module.nonlocal_original
+        _last.pop(module, None)
 
 
 def is_exchanged(module: nn.Module) -> bool:
     """Whether a module's class, or one it derives from, was exchanged."""
     return isinstance(module, Exchanged)
+
+
+def is_exchanged_by(module: nn.Module, token: object) -> bool:
+    """Whether a module's exchange is still the one that `exchange` returned this token for."""
+    return is_exchanged(module) and _last.get(module) is token
 
 
 @functools.cache

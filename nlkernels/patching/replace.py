@@ -1,6 +1,6 @@
 """Blocks of other packages, computed by this one, in a model that stays what it is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 from nlkernels._spec import BACKENDS, autocasts, check_choice
 from nlkernels._warmup import unchanged
 from nlkernels.patching import clips
-from nlkernels.patching.classes import Replaced, exchange, give_back
+from nlkernels.patching.classes import Replaced, exchange, give_back, is_exchanged_by
 from nlkernels.patching.report import Report, Row, row_of
 from nlkernels.patching.systems import Found, find
 from nlkernels.patching.twins import difference
@@ -147,13 +147,10 @@ def restore_nonlocal(model: nn.Module) -> int:
             f"restore_nonlocal: expected a module, got {type(model).__name__}; pass the model "
             "whose blocks were replaced"
         )
-    replaced = _exchanged(dict(model.named_modules()))
+    named = model.named_modules()
+    replaced = {name: module for name, module in named if isinstance(module, Replaced)}
     give_back(replaced)
     return len(replaced)
-
-
-def _exchanged(named: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    return {name: module for name, module in named.items() if isinstance(module, Replaced)}
 
 
 def _selected(model: nn.Module, only: str | Sequence[str] | None) -> list[Found]:
@@ -226,15 +223,17 @@ def _sizes_of(model: nn.Module, found: list[Found]) -> tuple[int, ...] | None:
 
 
 def _replaced(found: list[Found], seen: dict[str, torch.Tensor], backend: str | None) -> Report:
-    rows = []
+    rows, tokens = [], {}
     for each in found:
-        exchange(each.module, Replaced)
+        tokens[each.name] = exchange(each.module, Replaced)
         if backend is not None:
             each.module.backend = backend
         rows.append(_row(each, seen.get(each.name)))
     blocks = {each.name: each.module for each in found}
     report = Report(rows, dict(blocks))
-    report.on_restore(lambda: give_back(_exchanged(blocks)))
+    report.on_restore(
+        lambda: give_back({n: m for n, m in blocks.items() if is_exchanged_by(m, tokens[n])})
+    )
     return report
 
 

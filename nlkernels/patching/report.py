@@ -90,7 +90,8 @@ class Report(Sequence[Row]):
         """Give the model back as it was; a second call does nothing.
 
         What the model learned meanwhile stays in the parameters it has; those of inserted blocks
-        leave it, and stay in `blocks`.
+        leave it, and stay in `blocks`. What was taken back, removed or replaced anew since is left
+        as it is.
 
         Raises:
             RuntimeError: a module's class was changed since, as by parametrizations or fully_shard;

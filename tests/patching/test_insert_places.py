@@ -190,6 +190,22 @@ def test_blocks_bear_the_names_of_their_keys(wrap, at, name):
     assert_plain(model, keys)
 
 
+def test_a_report_takes_back_its_own_only():
+    model = nn.Sequential(Nonlocal(8, 4), nn.Sequential(nn.Conv3d(8, 8, 1)))
+    stale = replace_nonlocal(model)
+    restore_nonlocal(model)
+    report = replace_nonlocal(model)
+    stale.restore()
+    assert type(model[0]) is not Nonlocal
+    report.restore()
+    assert type(model[0]) is Nonlocal
+    stale = insert_nonlocal(model, at=["1"], channels=8)
+    del model[1].nl
+    report = insert_nonlocal(model, at=["1"], channels=8)
+    stale.restore()
+    assert model[1].nl is report.blocks["1.nl"]
+
+
 def test_what_the_caller_removed_or_wrapped_does_not_stop_the_way_back():
     model, x = Plain(nn.Sequential(nn.Conv3d(3, 8, 1))), torch.randn(CLIP)
     keys, expected = list(model.state_dict()), model(x)
