@@ -192,14 +192,15 @@ def _places(
         raise ValueError(
             f"{_WHERE}: expected names of modules, each once, got {at!r}; such as 'layer2.1'"
         )
-    known = dict(model.named_modules())
-    # Names inside of a compiled model serve without its prefix.
-    inside = dict(clips.inner(model).named_modules())
+    inner = clips.inner(model)
+    names = {id(module): where for where, module in model.named_modules()}
     modules: dict[str, nn.Module] = {}
     for place in listed:
-        module = inside.get(place, known.get(place))
+        # Names inside of a compiled model serve without its prefix.
+        found = (_submodule(inner, place), _submodule(model, place))
+        module = next((each for each in found if id(each) in names), None)
         if module is None:
-            near = difflib.get_close_matches(str(place), list(known), n=3, cutoff=0.3)
+            near = difflib.get_close_matches(str(place), names.values(), n=3, cutoff=0.3)
             raise ValueError(
                 f"{_WHERE}: expected names of modules, got {place!r}; "
                 + (f"near ones are {', '.join(near)}" if near else "print(model) shows them")
@@ -210,15 +211,22 @@ def _places(
                 f"{_WHERE}: expected names of different modules, got {other!r} and {place!r} of "
                 "one module; leave one of them out"
             )
-        if module not in inside.values():
+        if all(module is not each for each in inner.modules()):
             raise ValueError(
                 f"{_WHERE}: expected {place} to be a module of the model itself, got a "
                 f"{type(module).__name__}, its wrapper; name the module inside"
             )
         _check_place(place, module, name)
         modules[place] = module
-    names = {id(module): where for where, module in known.items()}
     return {place: names[id(module)] for place, module in modules.items()}, modules
+
+
+def _submodule(model: nn.Module, place: str) -> nn.Module | None:
+    """As of `model.named_modules()`, under every name of a module that has several."""
+    try:
+        return model.get_submodule(place)
+    except AttributeError:
+        return None
 
 
 def _check_place(place: str, module: nn.Module, name: str) -> None:

@@ -40,6 +40,12 @@ class Keyed(nn.Conv3d):
         super().__init_subclass__(**options)
 
 
+def shared():
+    model = Plain()
+    model.again = model.stem
+    return model
+
+
 def assert_plain(model, keys):
     assert list(model.state_dict()) == keys
     assert not any("nonlocal_original" in vars(type(m)) for m in model.modules())
@@ -61,9 +67,10 @@ def own_forward(model):
         (lambda: own_forward(Plain(head=nn.Conv3d(8, 4, 1))), "stem", "forward of its own"),
         (lambda: Plain(stem=Children()), "stem", "go(es)? through its children"),
         (lambda: torch.compile(Plain(), backend="eager"), "_orig_mod.stem", "one module"),
+        (shared, "again", "one module"),
         (lambda: torch.compile(nn.DataParallel(Plain()), backend="eager"), "_orig_mod", "wrapper"),
     ],
-    ids=["scripted", "keyword", "instance forward", "children", "twice", "wrapper"],
+    ids=["scripted", "keyword", "instance forward", "children", "twice", "shared", "wrapper"],
 )
 @pytest.mark.parametrize("found", [{"clip": CLIP}, {"channels": 8}], ids=["run", "channels"])
 def test_places_that_cannot_be_extended_are_refused(make, at, message, found):
