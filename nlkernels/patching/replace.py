@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from nlkernels._spec import BACKENDS, autocasts, check_choice
-from nlkernels._warmup import unchanged
 from nlkernels.patching import clips
 from nlkernels.patching.classes import Replaced, exchange, give_back, is_exchanged_by
 from nlkernels.patching.report import Report, Row, row_of
@@ -23,7 +22,7 @@ def replace_nonlocal(
     *,
     only: str | Sequence[str] | None = None,
     backend: str | None = None,
-    check: bool | torch.Tensor | Sequence[int] = False,
+    check: bool | torch.Tensor | Sequence[Any] = False,
 ) -> Report:
     """Let this package compute the non-local blocks of pytorchvideo, PySlowFast, mmcv and others.
 
@@ -48,10 +47,12 @@ def replace_nonlocal(
         only: patterns of block names (as of fnmatch), such as "layer3.*"; None is all.
         backend: as for `nonlocal_attention`; None defers to NLKERNELS_BACKEND, then to "auto".
             `set_nonlocal_backend` switches replaced blocks, too.
-        check: a clip, its shape, or True for a small random one: the model runs before and after.
-            Each block then has to be right for what it gets, by the rule of all our operations
-            (2x the error of plain PyTorch in that dtype, gradients 3x, in training mode), and the
-            model's outputs may differ by rounding only. Parameters, gradients, buffers and random
+        check: a clip, its shape, a list of them for a model that takes a list, or True for a small
+            random one: the model runs before and after, each time on a copy. Each block then has to
+            be right for what it gets, by the rule of all our operations (2x the error of plain
+            PyTorch in that dtype, gradients 3x, in training mode), and the model's outputs may
+            differ by rounding only: 4 times what other last bits of the blocks' inputs change,
+            plus 4 eps of the coarsest dtype in use. Parameters, gradients, buffers and random
             states stay. If it fails, the model is given back as it was.
 
     Returns:
@@ -61,9 +62,10 @@ def replace_nonlocal(
     Raises:
         ValueError: no such block; one that is a subclass, has a forward of its own, is replaced
             already or computes something else, all of them listed: nothing is changed then; an
-            unknown backend; a clip that is none.
+            unknown backend; a clip that is none, or that the model does not take.
         TypeError: no module.
-        RuntimeError: the check failed.
+        RuntimeError: the check failed, or could not: a block is not called for the clip, or no
+            output is a floating-point tensor.
 
     Memory:
         Copies of one block at a time while it is tried, in float64 on the CPU.
@@ -103,21 +105,18 @@ def replace_nonlocal(
     found = _selected(model, only)
     inner = clips.inner(model)
     blocks = {each.name: each.module for each in found}
-    if check is False or check is None:
-        seen: dict[str, torch.Tensor] = {}
-    else:
+    seen: dict[str, clips.Seen] = {}
+    if check is not False and check is not None:
         clip = clips.clip_for(_WHERE, inner, check, _sizes_of(inner, found))
-        with unchanged(inner), clips.inputs_of(blocks) as seen:
-            before = clips.outputs(inner, clip)
-        with unchanged(inner):
-            sensitivity = clips.apart(before, clips.outputs(inner, clips.nudged(clip)))
-    report = _replaced(found, seen, backend)
+        before, seen = clips.first_run(_WHERE, inner, blocks, clip)
+        eps = clips.eps_of(inner, seen, before)
+        sensitivity = clips.apart(before, clips.nudged_outputs(inner, blocks, clip, eps))
+    report = _replaced(found, {name: each.x for name, each in seen.items()}, backend)
     if seen:
         try:
             _check_blocks(blocks, seen)
-            with unchanged(inner):
-                report.difference = clips.apart(before, clips.outputs(inner, clip))
-            _check_outputs(report.difference, sensitivity, clip.dtype)
+            report.difference = clips.apart(before, clips.outputs(inner, clip))
+            _check_outputs(report.difference, sensitivity, eps)
         except BaseException:
             report.restore()
             raise
@@ -246,8 +245,9 @@ def _row(each: Found, x: torch.Tensor | None) -> Row:
     return row_of(*where, view, tuple(x.shape), training, computed, x.device)
 
 
-def _check_blocks(blocks: dict[str, nn.Module], seen: dict[str, torch.Tensor]) -> None:
-    wrong = {name: why for name, x in seen.items() if (why := clips.excess_of(blocks[name], x))}
+def _check_blocks(blocks: dict[str, nn.Module], seen: dict[str, clips.Seen]) -> None:
+    found = {name: clips.excess_of(blocks[name], each) for name, each in seen.items()}
+    wrong = {name: why for name, why in found.items() if why}
     if wrong:
         lines = "".join(f"\n  {name or '(the model)'}: {why}" for name, why in wrong.items())
         raise RuntimeError(
@@ -256,10 +256,10 @@ def _check_blocks(blocks: dict[str, nn.Module], seen: dict[str, torch.Tensor]) -
         )
 
 
-def _check_outputs(difference: float, sensitivity: float, dtype: torch.dtype) -> None:
-    if not clips.same_outputs(sensitivity, difference, dtype):
+def _check_outputs(difference: float, sensitivity: float, eps: float) -> None:
+    if not clips.same_outputs(sensitivity, difference, eps):
         raise RuntimeError(
             f"{_WHERE}: expected the model's outputs as before, got a difference of "
-            f"{difference:.1e} where last bits of the clip change {sensitivity:.1e}; the model is "
-            "as it was"
+            f"{difference:.1e} where last bits of what blocks get change {sensitivity:.1e}; the "
+            "model is as it was"
         )
