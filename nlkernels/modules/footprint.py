@@ -93,14 +93,14 @@ def footprint(
         N x M = 3136 x 784: naive 119.4 MiB, chunked 6.0 MiB (B=8, float32, forward and backward)
     """
     batch, *positions = _checked(block, input_size)
-    weight = block.out.weight
-    dtype = weight.dtype if dtype is None else dtype
+    held = inputs.stored(block.out)
+    dtype = held.dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise TypeError(
             "footprint: expected float16, bfloat16, float32 or float64, got "
             f"{dtype}; attention takes no other dtype"
         )
-    device = weight.device if device is None else _device(device)
+    device = held.device if device is None else _device(device)
     group = block.temporal_group
     if group is not None and group < positions[0]:
         batch, positions[0] = batch * (positions[0] // group), group
@@ -136,7 +136,7 @@ def _device(device: torch.device | str) -> torch.device:
 
 def _checked(block: "NonLocalBlock", input_size: tuple[int, ...]) -> tuple[int, ...]:
     """(B, *positions) of an input that the block takes."""
-    where = f"{type(block).__name__}.footprint"
+    where = f"{block._name}.footprint"
     size = tuple(input_size) if isinstance(input_size, tuple | list | torch.Size) else ()
     if len(size) == block.dims:
         size = (1, block.dim, *size)

@@ -4,6 +4,7 @@ import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from nlkernels._spec import autocasts, describe
 from nlkernels.modules.options import AXES
@@ -14,19 +15,19 @@ if TYPE_CHECKING:
 
 def check(block: "NonLocalBlock", x: Any) -> None:
     """Raise TypeError or ValueError unless `x` is an input of the block."""
-    where, weight = type(block).__name__, block.out.weight
+    where, held = block._name, stored(block.out)
     if not isinstance(x, torch.Tensor):
         raise TypeError(
             f"{where}: expected a tensor, got {type(x).__name__}; convert it with torch.as_tensor"
         )
-    if x.device != weight.device:
+    if x.device != held.device:
         raise ValueError(
-            f"{where}: expected input on {weight.device}, got {describe(x)}; "
+            f"{where}: expected input on {held.device}, got {describe(x)}; "
             "move it or the block with .to(device)"
         )
-    if x.dtype != weight.dtype and not autocasts(x.device.type):
+    if x.dtype != held.dtype and not autocasts(x.device.type):
         raise TypeError(
-            f"{where}: expected input of {weight.dtype}, got {describe(x)}; "
+            f"{where}: expected input of {held.dtype}, got {describe(x)}; "
             "cast it or the block with .to(dtype), or use autocast"
         )
     if x.dim() != block.dims + 2 or x.shape[1] != block.dim or 0 in x.shape[2:]:
@@ -35,6 +36,16 @@ def check(block: "NonLocalBlock", x: Any) -> None:
             f"{describe(x)}; the block is built for one number of channels and dimensions"
         )
     check_positions(block, where, tuple(x.shape[2:]))
+
+
+def stored(layer: nn.Module) -> torch.Tensor:
+    """A tensor of a layer, for its device and dtype.
+
+    A parametrized weight is computed whenever it is read, and some change what they store then.
+    """
+    held = next(layer.parameters(), None)
+    # Replicas of DataParallel have weights that are no parameters.
+    return layer.weight if held is None else held
 
 
 def check_positions(block: "NonLocalBlock", where: str, positions: tuple[int, ...]) -> None:

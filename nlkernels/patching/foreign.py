@@ -10,12 +10,12 @@ from nlkernels._select import Explanation
 from nlkernels._systems import depthwise_from_dense
 from nlkernels.modules import fast
 from nlkernels.patching.view import (
-    CONV_MODULE,
     View,
     convolution,
     first,
     is_bare,
     own_class,
+    pair,
     path_of,
 )
 
@@ -82,17 +82,22 @@ class PoolAfter(View):
     __slots__ = ()
 
     theta = property(lambda self: None if self._bare else convolution(self.module.theta))
-    phi = property(lambda self: None if self._bare else convolution(self.module.phi))
-    g = property(lambda self: convolution(self.module.g))
+    phi = property(lambda self: None if self._bare else convolution(pair(self.module.phi)[0]))
+    g = property(lambda self: convolution(pair(self.module.g)[0]))
     _bare = property(lambda self: self.kind == "gaussian")
 
     @property
     def pool(self) -> nn.Module | None:
-        return self.module.g[1] if isinstance(self.module.g, nn.Sequential) else None
+        """The key's; see `wrapped` for the value's."""
+        if self._bare:
+            return self.module.phi if self.module.sub_sample else None
+        return pair(self.module.phi)[1]
 
     @property
     def concat_weight(self) -> torch.Tensor:
-        return convolution(self.module.concat_project).weight.view(2, -1)
+        layer = self.module.concat_project
+        convolves = layer[0] if isinstance(layer, nn.Sequential) else layer.conv
+        return convolves.weight.view(2, -1)
 
     def strange(self) -> str:
         if self.kind == "concat":
@@ -101,7 +106,7 @@ class PoolAfter(View):
             for name, part in self.module.concat_project.named_modules(prefix="concat_project"):
                 if why := fast.added(part):
                     return f"{name}, which has {why}"
-        return ""
+        return super().strange()
 
     def maps(self, x):
         value = self.module.g(x)
@@ -110,15 +115,8 @@ class PoolAfter(View):
         return x, x if self.pool is None else self.module.phi(x), value
 
     def wrapped(self) -> list[str]:
-        containers = [self.module.g, *([] if self._bare else [self.module.theta, self.module.phi])]
-        for layer in containers:
-            if isinstance(layer, nn.Sequential):
-                if type(layer) is not nn.Sequential or len(layer) != 2:
-                    return [f"a {type(layer).__name__} holds a projection"]
-                layer = layer[0]
-            if path_of(type(layer)) == CONV_MODULE and not is_bare(layer, with_norm=False):
-                return ["a ConvModule does more than to convolve"]
-        return []
+        alike = repr(self.pool) == repr(pair(self.module.g)[1])
+        return [] if alike else ["key and value are pooled differently"]
 
 
 class EndsInW(View):
@@ -126,19 +124,11 @@ class EndsInW(View):
 
     __slots__ = ()
 
-    out = property(lambda self: convolution(self.module.W))
-
-    @property
-    def norm(self) -> nn.Module | None:
-        return self.module.W[1] if isinstance(self.module.W, nn.Sequential) else None
+    out = property(lambda self: pair(self.module.W)[0])
+    norm = property(lambda self: pair(self.module.W)[1])
 
     def ending(self, y):
         return self.module.W(y)
-
-    def wrapped(self) -> list[str]:
-        if isinstance(self.module.W, nn.Sequential) and len(self.module.W) != 2:
-            return ["W has more than a convolution and a norm"]
-        return super().wrapped()
 
 
 class AlexHex7(EndsInW, PoolAfter):
@@ -177,8 +167,12 @@ class Mmcv(PoolAfter):
         "concatenation": "concat",
     }
     kind = property(lambda self: self._KINDS[self.module.mode])
-    out = property(lambda self: convolution(self.module.conv_out))
-    norm = property(lambda self: self.module.conv_out.norm)
+    out = property(lambda self: convolution(self.module.conv_out, with_norm=True))
+
+    @property
+    def norm(self) -> nn.Module | None:
+        layer = self.module.conv_out
+        return layer.norm if is_bare(layer, with_norm=True) else None
 
     @property
     def dims(self) -> int:
@@ -191,11 +185,6 @@ class Mmcv(PoolAfter):
 
     def ending(self, y):
         return self.module.conv_out(y)
-
-    def wrapped(self) -> list[str]:
-        if not is_bare(self.module.conv_out, with_norm=True):
-            return ["conv_out does more than to convolve and normalise"]
-        return super().wrapped()
 
 
 class Region(EndsInW):
@@ -230,12 +219,12 @@ class Region(EndsInW):
 
     def strange(self) -> str:
         if self.kind != "region_relu":
-            return ""
+            return super().strange()
         if nn.modules.module._has_any_global_hook():
             return "hooks of all modules, which see the scores"
         if why := fast.added(self.module.relu):
             return f"relu, which has {why}"
-        return self._other_relu()
+        return self._other_relu() or super().strange()
 
     def _other_relu(self) -> str:
         relu = getattr(self.module, "relu", None)

@@ -207,6 +207,8 @@ def _design(module: nn.Module) -> tuple[Any, ...]:
 
 def _tried(each: Found) -> str:
     try:
+        if unknown := each.system.view(each.module).unknown():
+            return f"it has {unknown}"
         why = difference(each.module, each.system.view)
     except Exception as error:
         return f"it cannot be tried: {type(error).__name__}: {str(error).splitlines()[:1]}"

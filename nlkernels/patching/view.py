@@ -71,7 +71,12 @@ class View:
 
     def strange(self) -> str:
         """Why only the system's own forward will do; "" where ours does."""
-        return ""
+        return self.unknown()
+
+    def unknown(self) -> str:
+        """The layer whose width is nowhere to be read; "" if there is none."""
+        unknown = (each for each in (self._value, self.out) if width(each) is None)
+        return next((f"a layer of {type(each).__name__}, of unknown width" for each in unknown), "")
 
     def refuses(self) -> str:
         """What the system's block has that ours does not; "" if nothing."""
@@ -80,12 +85,16 @@ class View:
     # What a block of ours has.
 
     @property
-    def dim(self) -> int:
-        return self.out.weight.shape[0]
+    def dim(self) -> int | None:
+        return width(self._value)
 
     @property
-    def inner(self) -> int:
-        return self.out.weight.shape[1]
+    def inner(self) -> int | None:
+        return width(self.out)
+
+    @property
+    def _value(self) -> nn.Module:
+        return self.theta if self.g is None else self.g
 
     @property
     def pool_size(self) -> tuple[int, ...] | None:
@@ -196,11 +205,21 @@ def first(module: nn.Module, *names: str) -> Any:
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 
-def convolution(layer: nn.Module) -> nn.Module:
-    """The convolution inside of a sequence or of mmcv's ConvModule."""
-    if isinstance(layer, nn.Sequential):
-        layer = layer[0]
-    return layer.conv if path_of(type(layer)) == CONV_MODULE else layer
+def pair(layer: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """A layer and what follows it in a sequence of two; None for one that is no such sequence."""
+    is_pair = type(layer) is nn.Sequential and len(layer) == 2
+    return (layer[0], layer[1]) if is_pair else (layer, None)
+
+
+def convolution(layer: nn.Module, *, with_norm: bool = False) -> nn.Module:
+    """The convolution inside of mmcv's ConvModule, if that does nothing else; any other layer."""
+    return layer.conv if is_bare(layer, with_norm=with_norm) else layer
+
+
+def width(layer: nn.Module) -> int | None:
+    """Channels that a layer takes, where it or a part of it says so."""
+    parts = (part for part in layer.modules() if hasattr(part, "in_channels"))
+    return next((part.in_channels for part in parts), None)
 
 
 def _sizes(size: int | tuple[int, ...] | list[int], dims: int) -> tuple[int, ...]:

@@ -2,13 +2,17 @@
 wrapped or pruned; before and after the replacement."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from nlkernels import NonLocalBlock3d, replace_nonlocal
-from tests.patching.blocks import randomised
+from tests.patching.blocks import assert_same, randomised, results
+from tests.patching.packages.lib.non_local_embedded_gaussian import NONLocalBlock3D as Embedded
+from tests.patching.packages.lib.non_local_gaussian import NONLocalBlock3D as Gaussian
 from tests.patching.packages.slowfast.models.nonlocal_helper import Nonlocal
 
 SHAPE = (2, 8, 3, 6, 5)
@@ -61,7 +65,127 @@ def test_forwards_of_instances_of_our_own_blocks_run():
     torch.testing.assert_close(other(clip()), own(clip()), rtol=1e-9, atol=1e-9)
 
 
+def calls_of_spectral_norm(monkeypatch, module):
+    found, own = Counter(), parametrizations._SpectralNorm.forward
+
+    def counted(self, weight):
+        found["calls"] += 1
+        return own(self, weight)
+
+    monkeypatch.setattr(parametrizations._SpectralNorm, "forward", counted)
+    module(clip())
+    monkeypatch.undo()
+    return found["calls"]
+
+
+def test_parametrized_weights_are_computed_once(monkeypatch):
+    made = block()
+    parametrizations.spectral_norm(made.conv_out)
+    assert calls_of_spectral_norm(monkeypatch, made) == 1
+    assert calls_of_spectral_norm(monkeypatch, replaced(made)) == 1
+    own = NonLocalBlock3d(8, backend="chunked").double()
+    parametrizations.spectral_norm(own.out)
+    assert calls_of_spectral_norm(monkeypatch, own) == 1
+    report = replace_nonlocal(nn.Sequential(block(made.nonlocal_original(8, 4))), check=SHAPE)
+    assert report[0].queries == 90
+
+
 def wrap(module, name, *more):
     parent, _, last = name.rpartition(".")
     parent = module.get_submodule(parent)
     setattr(parent, last, nn.Sequential(getattr(parent, last), *more))
+
+
+WRAPPED = {
+    "conv_out": (Nonlocal, "conv_out", [nn.Dropout()]),
+    "conv_g": (Nonlocal, "conv_g", []),
+    "pool": (Nonlocal, "pool", []),
+    "g": (Embedded, "g", []),
+    "g.0": (Embedded, "g.0", [nn.Dropout()]),
+    "g of all": (Embedded, "g", [nn.Tanh()]),
+    "theta": (Embedded, "theta", [nn.Tanh()]),
+    "theta alone": (Embedded, "theta", []),
+    "phi.1": (Embedded, "phi.1", []),
+    "W": (Embedded, "W", [nn.Dropout()]),
+    "W.0": (Embedded, "W.0", [nn.Tanh()]),
+    "gaussian g": (Gaussian, "g", [nn.Tanh()]),
+    "gaussian phi": (Gaussian, "phi", []),
+}
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("case", WRAPPED)
+def test_wrapped_layers_run_one_by_one(case, early):
+    cls, name, more = WRAPPED[case]
+    sizes = {Nonlocal: (8, 4, (1, 2, 2))}.get(cls, (8,))
+    bare = (False, True) if cls is not Nonlocal and "pool" not in name and "1" not in name else ()
+    for sub_sample in bare or (True,):
+        options = {} if cls is Nonlocal else {"sub_sample": sub_sample}
+        if not sub_sample and name in ("g.0", "phi"):
+            continue
+        theirs = block(cls(*sizes, **options)).eval()
+        ours = copy.deepcopy(theirs)
+        wrap(theirs, name, *more)
+        if early:
+            wrap(ours, name, *more)
+        replaced(ours.eval())
+        if not early:
+            wrap(ours, name, *more)
+        assert_same(results(ours.eval(), clip()), results(theirs.eval(), clip()), 1e-9)
+
+
+def test_poolings_that_differ_run_themselves():
+    theirs = block(Embedded(8))
+    ours = replaced(copy.deepcopy(theirs))
+    for each in (theirs, ours):
+        each.phi[1] = nn.MaxPool3d((1, 1, 2))
+        each.g[1] = nn.MaxPool3d((1, 2, 1))
+    x = torch.randn(1, 8, 2, 6, 6, dtype=torch.float64)
+    assert_same(results(ours, x), results(theirs, x), 1e-9)
+
+
+class Opaque(nn.Module):
+    """Its width is nowhere to be read."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x):
+        return nn.functional.conv3d(x, self.weight, self.bias)
+
+
+def test_layers_of_unknown_width():
+    theirs = block().eval()
+    ours = replaced(copy.deepcopy(theirs))
+    for name in ("conv_out", "conv_g"):
+        for each in (theirs, ours):
+            setattr(each, name, Opaque(getattr(each, name)))
+        assert torch.equal(ours(clip()), theirs(clip()))
+        with pytest.raises(NotImplementedError, match=r"got a layer of Opaque, of unknown width"):
+            ours.explain(clip())
+        kept = type(theirs)
+        with pytest.raises(ValueError, match=r"\(the model\): it has a layer of Opaque, of unk"):
+            replace_nonlocal(theirs)
+        assert type(theirs) is kept
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
+def test_factor_is_a_number_while_torch_traces():
+    """Sizes of tensors are none then."""
+    made, found = replaced(block()), []
+
+    def noted(x):
+        found.append(made.nonlocal_view(made)._factor)
+        return x + 1
+
+    torch.jit.trace(noted, clip(), check_trace=False)
+    assert [type(each) for each in found] == [float]
+
+
+def test_errors_name_the_class():
+    made = replaced(block())
+    with pytest.raises(ValueError, match=r"^Nonlocal: expected \(B, 8, T, H, W\)"):
+        made(torch.randn(1, 7, 2, 6, 6).double())
+    with pytest.raises(ValueError, match=r"^Nonlocal.footprint: expected input_size"):
+        made.footprint((1, 7, 2, 6, 6))
