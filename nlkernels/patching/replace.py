@@ -1,6 +1,6 @@
 """Blocks of other packages, computed by this one, in a model that stays what it is."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,7 +20,7 @@ _WHERE = "replace_nonlocal"
 def replace_nonlocal(
     model: nn.Module,
     *,
-    only: str | Sequence[str] | None = None,
+    only: str | Iterable[str] | None = None,
     backend: str | None = None,
     check: bool | torch.Tensor | Sequence[Any] = False,
 ) -> Report:
@@ -152,7 +152,7 @@ def restore_nonlocal(model: nn.Module) -> int:
     return len(replaced)
 
 
-def _selected(model: nn.Module, only: str | Sequence[str] | None) -> list[Found]:
+def _selected(model: nn.Module, only: str | Iterable[str] | None) -> list[Found]:
     """The blocks to replace, none of which is refused.
 
     Raises:
@@ -166,8 +166,8 @@ def _selected(model: nn.Module, only: str | Sequence[str] | None) -> list[Found]
             f"{type(model).__name__} without any; build it with blocks (in configurations "
             "their locations may be empty), or add some with nlkernels.insert_nonlocal"
         )
-    patterns = [only] if isinstance(only, str) else only
-    if patterns is not None:
+    if only is not None:
+        patterns = [only] if isinstance(only, str) else list(only)
         names = [each.name for each in found]
         idle = [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
         if idle or not patterns:
@@ -211,7 +211,8 @@ def _tried(each: Found) -> str:
             return f"it has {unknown}"
         why = difference(each.module, each.system.view)
     except Exception as error:
-        return f"it cannot be tried: {type(error).__name__}: {str(error).splitlines()[:1]}"
+        line, *_ = str(error).split("\n")
+        return f"it cannot be tried: {type(error).__name__}: {line}"
     return f"it is no block of {each.system.name} as published: {why}" if why else ""
 
 

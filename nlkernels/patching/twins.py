@@ -9,6 +9,9 @@ from collections import OrderedDict
 
 import torch
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from nlkernels.patching.classes import Replaced, exchange
 from nlkernels.patching.view import View
@@ -17,6 +20,9 @@ from nlkernels.patching.view import View
 _POSITIONS = {1: (11,), 2: (5, 7), 3: (2, 5, 5)}
 # Of float64 numbers whose largest is 1.
 _TOLERANCE = 1e-9
+_GRADIENT = "gradient of "
+# Hooks that compute a weight of the module which calls them.
+_COMPUTE = (WeightNorm, SpectralNorm, BasePruningMethod)
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -31,7 +37,8 @@ _HOOKS = (
 def twin(module: nn.Module, dtype: torch.dtype | None = None, device: object = None) -> nn.Module:
     """A module of the same classes and values; its tensors are copies.
 
-    Hooks and forwards of the instance are left out: they may refer to the module itself.
+    Hooks and forwards of the instance are left out, as they may refer to the module itself, but for
+    torch's that compute a weight.
 
     Args:
         module: it.
@@ -48,9 +55,13 @@ def twin(module: nn.Module, dtype: torch.dtype | None = None, device: object = N
         return tensor.detach().to(device=device, dtype=wanted, copy=True)
 
     made = type(module).__new__(type(module))
-    made.__dict__.update(module.__dict__)
+    for name, held in module.__dict__.items():
+        made.__dict__[name] = copied(held) if isinstance(held, torch.Tensor) else held
     made.__dict__.pop("forward", None)
     made.__dict__.update({name: OrderedDict() for name in _HOOKS})
+    made._forward_pre_hooks.update(
+        (key, hook) for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _COMPUTE)
+    )
     made.__dict__["_parameters"] = {
         name: None if each is None else nn.Parameter(copied(each), each.requires_grad)
         for name, each in module._parameters.items()
@@ -66,7 +77,8 @@ def twin(module: nn.Module, dtype: torch.dtype | None = None, device: object = N
 
 def difference(module: nn.Module, view: type[View]) -> str:
     """What tells a block from the same block computed here; "" if nothing does."""
-    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+    plain = torch.autocast("cpu", enabled=False)
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), plain:
         torch.manual_seed(0)
         for training in (True, False):
             if training and _needs_processes(module):
@@ -109,8 +121,9 @@ def _compare(made: nn.Module, view: type[View]) -> str:
     expected, found = _results(made, x), _results(ours, x)
     for name, truth in expected.items():
         largest = truth.abs().max().item() or 1.0
-        if name.startswith("gradient"):
-            largest = max(largest, *(t.abs().max().item() for t in expected.values()))
+        if name.startswith(_GRADIENT):
+            gradients = (t for other, t in expected.items() if other.startswith(_GRADIENT))
+            largest = max(largest, *(t.abs().max().item() for t in gradients))
         got = found.get(name)
         # Not error > limit: neither holds for a NaN.
         if got is None or not (got - truth).abs().max().item() <= _TOLERANCE * largest:
@@ -129,11 +142,15 @@ def _results(made: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
         found = {"output": out.detach()}
         try:
             # A cotangent that no symmetry of a norm cancels.
-            cotangent = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out).cos()
+            places = torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device)
+            cotangent = places.view_as(out).cos()
             grads = torch.autograd.grad(out, [x, *wanted.values()], cotangent, allow_unused=True)
-        except RuntimeError:  # mmcv's concatenation changes in place what its backward needs
+        except RuntimeError as error:
+            # mmcv's concatenation changes in place what its backward needs.
+            if "modified by an inplace operation" not in str(error):
+                raise
             grads = ()
-    names = ["gradient of x", *(f"gradient of {name}" for name in wanted)]
+    names = [f"{_GRADIENT}x", *(f"{_GRADIENT}{name}" for name in wanted)]
     if grads:
         found |= {n: g for n, g in zip(names, grads, strict=True) if g is not None}
     return found | {f"buffer {name}": b.double() for name, b in made.named_buffers()}

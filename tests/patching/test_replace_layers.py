@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from nlkernels import NonLocalBlock3d, replace_nonlocal
+from nlkernels.patching.view import View
 from tests.patching.blocks import assert_same, randomised, results
 from tests.patching.packages.lib.non_local_embedded_gaussian import NONLocalBlock3D as Embedded
 from tests.patching.packages.lib.non_local_gaussian import NONLocalBlock3D as Gaussian
@@ -88,6 +89,44 @@ def test_parametrized_weights_are_computed_once(monkeypatch):
     assert calls_of_spectral_norm(monkeypatch, own) == 1
     report = replace_nonlocal(nn.Sequential(block(made.nonlocal_original(8, 4))), check=SHAPE)
     assert report[0].queries == 90
+
+
+@pytest.mark.parametrize("name", ["conv_theta", "conv_out"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        parametrizations.orthogonal,
+    ],
+    ids=["weight_norm", "spectral_norm", "prune", "weight", "spectral", "orthogonal"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_computed_weights(change, name):
+    """Blocks in float32 are tried in float64."""
+    theirs = block().float()
+    change(theirs.get_submodule(name))
+    theirs(clip().float())
+    ours = block().float()
+    change(ours.get_submodule(name))
+    ours.load_state_dict(theirs.state_dict())
+    replaced(ours)
+    for training in (True, False):
+        expected = results_of(theirs.train(training))
+        assert_same(results_of(ours.train(training)), expected, 1e-4)
+
+
+def results_of(module):
+    """Output, gradients and buffers; the weights of some of these layers cannot be copied."""
+    module.zero_grad()
+    out = module(clip().float())
+    out.square().sum().backward()
+    found = {f"grad:{name}": p.grad.clone() for name, p in module.named_parameters()}
+    found |= {f"after:{name}": buffer.clone() for name, buffer in module.named_buffers()}
+    return found | {"out": out.detach()}
 
 
 def wrap(module, name, *more):
@@ -189,3 +228,48 @@ def test_errors_name_the_class():
         made(torch.randn(1, 7, 2, 6, 6).double())
     with pytest.raises(ValueError, match=r"^Nonlocal.footprint: expected input_size"):
         made.footprint((1, 7, 2, 6, 6))
+
+
+class Doubled(torch.autograd.Function):
+    """Its gradient is not its own."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+@pytest.mark.parametrize("default", ["cpu", "meta"])
+@pytest.mark.parametrize("steps", [0, 10**9])
+def test_wrong_gradients_are_seen(steps, default, monkeypatch):
+    right = View.forward
+    monkeypatch.setattr(View, "forward", lambda self, x: Doubled.apply(right(self, x), 1.0001))
+    made = block()
+    made.bn.num_batches_tracked.fill_(steps)
+    with torch.device(default), pytest.raises(ValueError, match=r"its gradient of .* differs by"):
+        replace_nonlocal(made)
+
+
+def test_blocks_are_tried_in_inference_mode():
+    made, expected = block(), block()
+    expected.load_state_dict(made.state_dict())
+    with torch.inference_mode():
+        replaced(made)
+    assert_same(results(made, clip()), results(expected, clip()), 1e-9)
+
+
+def test_patterns_of_any_iterable():
+    model = nn.ModuleList([block(), block(), block()])
+    report = replace_nonlocal(model, only=(name for name in ("0", "2")))
+    assert list(report.blocks) == ["0", "2"]
+
+
+def test_reasons_are_one_line():
+    made = block()
+    made.conv_theta = nn.Conv3d(5, 4, 1)
+    with pytest.raises(ValueError, match=r"it cannot be tried: RuntimeError: Given"):
+        replace_nonlocal(made)
