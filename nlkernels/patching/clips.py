@@ -311,13 +311,16 @@ def excess_of(block: nn.Module, seen: Seen) -> str:
     )
     with region:
         found = [_excess(block, each) for each in (seen.x, nudged(seen.x, seen.eps))]
-    if not all(found):
-        return ""
+    return found[0] + equality_of(seen) if all(found) else ""
+
+
+def equality_of(seen: Seen) -> str:
+    """What to say of a block's input whose positions are equal too often; "" of others."""
     share = _equal_share(seen)
     if share < _EQUAL:
-        return found[0]
+        return ""
     return (
-        f"{found[0]}; {share:.0%} of its input's positions are equal, which says too little about "
+        f"; {share:.0%} of its input's positions are equal, which says too little about "
         "roundings: pass a clip of different numbers, or its shape"
     )
 

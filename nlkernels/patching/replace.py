@@ -116,7 +116,7 @@ def replace_nonlocal(
         try:
             _check_blocks(blocks, seen)
             report.difference = clips.apart(before, clips.outputs(inner, clip))
-            _check_outputs(report.difference, sensitivity, eps)
+            _check_outputs(seen, report.difference, sensitivity, eps)
         except BaseException:
             report.restore()
             raise
@@ -259,10 +259,14 @@ def _check_blocks(blocks: dict[str, nn.Module], seen: dict[str, clips.Seen]) -> 
         )
 
 
-def _check_outputs(difference: float, sensitivity: float, eps: float) -> None:
+def _check_outputs(
+    seen: dict[str, clips.Seen], difference: float, sensitivity: float, eps: float
+) -> None:
     if not clips.same_outputs(sensitivity, difference, eps):
+        alike = {name or "(the model)": clips.equality_of(each) for name, each in seen.items()}
+        lines = "".join(f"\n  {name}: {said[2:]}" for name, said in alike.items() if said)
         raise RuntimeError(
             f"{_WHERE}: expected the model's outputs as before, got a difference of "
-            f"{difference:.1e} where last bits of what blocks get change {sensitivity:.1e}; the "
-            "model is as it was"
+            f"{difference:.1e} where last bits of what blocks get change {sensitivity:.1e}"
+            f"{lines}\nthe model is as it was"
         )
