@@ -76,7 +76,7 @@ def insert_nonlocal(
     *,
     preset: str = "caffe2",
     channels: int | Sequence[int] | None = None,
-    clip: torch.Tensor | Sequence[int] | None = None,
+    clip: torch.Tensor | Sequence | None = None,
     segments: int | None = None,
     name: str = "nl",
     backend: str | None = None,
@@ -100,8 +100,8 @@ def insert_nonlocal(
         channels: C of all these outputs, or of each; the report has no sizes then. None finds
             them out: a copy of the model, without its hooks, runs without data on the device
             "meta", or where it cannot, in evaluation mode on random numbers.
-        clip: for that run, the model's input or its shape; None takes (2, C, 16, 224, 224) or
-            (2, C, 224, 224), with C of the model's first convolution.
+        clip: for that run, the model's input or its shape, or a list of these; None takes
+            (2, C, 16, 224, 224) or (2, C, 224, 224), with C of the model's first convolution.
         segments: T where the model works on frames (N T, C, H, W), as TSM does: a block for clips
             then. None gives such a model a block for images.
         name: of the new child.

@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from nlkernels._spec import describe
 from nlkernels._warmup import unchanged
 from nlkernels.patching import clips
 
@@ -44,7 +43,7 @@ def shapes(
         where: the caller, for messages.
         model: it, without wrappers.
         modules: of the model, by what the caller calls them.
-        clip: the model's input or its shape; None guesses one.
+        clip: the model's input or its shape, or a list of these; None guesses one.
         name: of the block that each of them, but sequences, is to have as a child.
 
     Raises:
@@ -90,7 +89,7 @@ def _run_on_meta(
 
 
 def _run(
-    where: str, model: nn.Module, modules: dict[str, nn.Module], clip: torch.Tensor, name: str
+    where: str, model: nn.Module, modules: dict[str, nn.Module], clip: Any, name: str
 ) -> tuple[dict[str, Any], list[str]]:
     try:
         copied, places = _copy(model, modules, _own)
@@ -101,10 +100,10 @@ def _run(
         ) from error
     try:
         with unchanged(copied), torch.no_grad():
-            return _watched(copied.eval(), places, clip.clone(), name)
+            return _watched(copied.eval(), places, clip, name)
     except Exception as error:
         raise ValueError(
-            f"{where}: expected a clip that the model takes, got {describe(clip)} "
+            f"{where}: expected a clip that the model takes, got {clips.described(clip)} "
             f"({_said(error)}); pass clip=, its input or the shape of that"
         ) from error
 
@@ -139,7 +138,7 @@ def _copy(
 
 
 def _watched(
-    model: nn.Module, modules: dict[str, nn.Module], clip: torch.Tensor, name: str
+    model: nn.Module, modules: dict[str, nn.Module], clip: Any, name: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Shapes of what modules return, or types of what is no tensor; and who calls new children."""
     seen: dict[str, Any] = {}

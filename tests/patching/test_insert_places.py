@@ -225,3 +225,20 @@ def test_what_the_caller_removed_or_wrapped_does_not_stop_the_way_back():
         for place in (model.stem, model.head):
             place.nl = nn.Sequential(place.nl)
     assert_plain(model, keys)
+
+
+class Pathways(Plain):
+    """Takes a list, and assigns into it, as PySlowFast's models do."""
+
+    def forward(self, clips):
+        clips[0] = self.stem(clips[0])
+        return self.head(clips[0])
+
+
+@pytest.mark.parametrize("of", [torch.ones, tuple], ids=["tensors", "shapes"])
+def test_a_model_of_pathways(of):
+    model, clips = Pathways(), [of(CLIP)]
+    report = insert_nonlocal(model, at=["stem"], clip=clips)
+    assert tuple(report.blocks["stem.nl"].theta.weight.shape)[1] == 8
+    assert len(clips) == 1 and (torch.is_tensor(clips[0]) == (of is torch.ones))
+    assert tuple(model([torch.ones(CLIP)]).shape) == (2, 4, 2, 6, 6)
