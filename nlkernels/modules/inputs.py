@@ -43,7 +43,8 @@ def stored(layer: nn.Module) -> torch.Tensor:
 
     A parametrized weight is computed whenever it is read, and some change what they store then.
     """
-    held = next(layer.parameters(), None)
+    held = layer._parameters.get("weight")
+    held = next(layer.parameters(), None) if held is None else held
     # Replicas of DataParallel have weights that are no parameters.
     return layer.weight if held is None else held
 

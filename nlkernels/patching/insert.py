@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from nlkernels._spec import describe
 from nlkernels.modules import NonLocalBlock1d, NonLocalBlock2d, NonLocalBlock3d
@@ -251,6 +252,13 @@ def _check_place(place: str, module: nn.Module, name: str) -> None:
             f"{_WHERE}: expected {place} to have the forward of its class, got an instance with a "
             "forward of its own, which would not call the block; delete that attribute, or name "
             "another module"
+        )
+    if parametrize.is_parametrized(module):
+        # Taking a parametrization off changes the class that the parametrization made.
+        raise ValueError(
+            f"{_WHERE}: expected {place} without parametrizations, got "
+            f"{', '.join(module.parametrizations)} with some; insert blocks first, or name the "
+            "module that holds it"
         )
     if isinstance(module, _UNCALLED) or _hides_its_children(module):
         raise ValueError(

@@ -57,11 +57,13 @@ def shapes(
         )
     if clip is None:
         clip = clips.guessed_shape(where, model, _EDGE)
-    try:
-        seen, through = _run_on_meta(model, modules, clip, name)
-    except Exception:  # it makes tensors elsewhere, or asks for their values
-        sample = clips.clip_for(where, model, clip, None)
-        seen, through = _run(where, model, modules, sample, name)
+    # Functions that a copied forward holds may call modules of the model itself.
+    with unchanged(model):
+        try:
+            seen, through = _run_on_meta(model, modules, clip, name)
+        except Exception:  # it makes tensors elsewhere, or asks for their values
+            sample = clips.clip_for(where, model, clip, None)
+            seen, through = _run(where, model, modules, sample, name)
     if through:
         raise ValueError(
             f"{where}: expected {through[0] or 'the model'} to call its children by their names, "
@@ -84,7 +86,7 @@ def _run_on_meta(
     shape = tuple(clip.shape) if isinstance(clip, torch.Tensor) else tuple(clip)
     first = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     copied, places = _copy(model, modules, _without_data)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad():
         return _watched(copied, places, torch.empty(shape, dtype=first, device="meta"), name)
 
 
@@ -99,7 +101,7 @@ def _run(
             "channels="
         ) from error
     try:
-        with unchanged(copied), torch.no_grad():
+        with torch.no_grad():
             return _watched(copied.eval(), places, clip, name)
     except Exception as error:
         raise ValueError(

@@ -242,3 +242,21 @@ def test_a_model_of_pathways(of):
     assert tuple(report.blocks["stem.nl"].theta.weight.shape)[1] == 8
     assert len(clips) == 1 and (torch.is_tensor(clips[0]) == (of is torch.ones))
     assert tuple(model([torch.ones(CLIP)]).shape) == (2, 4, 2, 6, 6)
+
+
+def test_a_parametrized_place_is_refused():
+    model = Plain(stem=weight_norm(nn.Conv3d(3, 8, 1)))
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match="without parametrizations, got weight with some; insert"):
+        insert_nonlocal(model, at=["stem"], clip=CLIP)
+    assert list(model.state_dict()) == keys
+
+
+def test_modules_that_only_a_closure_calls_are_left_as_they_are():
+    model = Plain()
+    norm = model.norm = nn.BatchNorm3d(4)
+    model.last = lambda x: norm(x)
+    own = Plain.forward
+    model.__class__ = type("Closed", (Plain,), {"forward": lambda m, x: m.last(own(m, x))})
+    insert_nonlocal(model, at=["stem"], clip=torch.randn(CLIP))
+    assert norm.num_batches_tracked == 0 and torch.equal(norm.running_mean, torch.zeros(4))
