@@ -7,7 +7,9 @@ quadratic  tiles of the score matrix, as in nlkernels/ops/_quadratic.py
 The factor is scale / M. Kept for the backward are query, key, value and, where
 nlkernels/ops/dot_product/order.py says so, the state. The products' factors are in the operands'
 dtype: sums are made in float32 and rounded, as those of every other matrix product are, and a state
-that is kept holds the rounded ones.
+that is kept holds the rounded ones. In 16 bits that rounding is the same for all positions: numbers
+are within the 2x/3x rule, but sums of them over positions can be tens of times further off than
+those of the plain form, where channels have a mean far from zero.
 
 Memory beyond inputs and outputs, E bytes an element:
   linear    : D V E (forward), 2 D V E (backward) for each batch item, beside a state that is kept
