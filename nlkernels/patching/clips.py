@@ -352,6 +352,12 @@ def _excess(block: nn.Module, x: torch.Tensor) -> str:
 
 
 def _run(block: nn.Module, x: torch.Tensor, training: bool) -> dict[str, torch.Tensor]:
+    """Random layers draw the same in every run, and nothing of the program's states."""
+    with unchanged(block):
+        return _results(block, x, training)
+
+
+def _results(block: nn.Module, x: torch.Tensor, training: bool) -> dict[str, torch.Tensor]:
     if not training:
         with torch.no_grad():
             return {"output": block(x)}

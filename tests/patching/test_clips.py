@@ -145,6 +145,20 @@ def test_models_that_change_their_clip():
     assert torch.equal(clip, kept)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_random_layers_of_blocks(dtype, monkeypatch):
+    model = net().to(dtype)
+    block = model.layer[1]
+    block.conv_out = nn.Sequential(block.conv_out, nn.Dropout(0.3))
+    state = torch.get_rng_state()
+    replace_nonlocal(model, check=CLIP).restore()
+    assert torch.equal(torch.get_rng_state(), state)
+    defective(monkeypatch, 1.01)
+    with pytest.raises(RuntimeError, match="each block to answer as before"):
+        replace_nonlocal(model, check=CLIP)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 class Pathways(nn.Module):
     """Takes a list of two pathways, into which it assigns."""
 
