@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from nlkernels import _rule
 from nlkernels._spec import autocasts, describe
 from nlkernels._warmup import unchanged
-from nlkernels.patching.twins import twin
+from nlkernels.patching.twins import gradients, twin
 
 # A network multiplies roundings: its outputs may differ by so many times what a change of last
 # bits of what its blocks get changes.
@@ -309,7 +309,8 @@ def excess_of(block: nn.Module, seen: Seen) -> str:
         if torch.amp.is_autocast_available(kind)
         else contextlib.nullcontext()
     )
-    with region:
+    # No gradient is computed in inference mode, nor of its tensors.
+    with torch.inference_mode(False), region:
         found = [_excess(block, each) for each in (seen.x, nudged(seen.x, seen.eps))]
     return found[0] + equality_of(seen) if all(found) else ""
 
@@ -345,6 +346,8 @@ def _excess(block: nn.Module, x: torch.Tensor) -> str:
     same, got = _run(original, x, training), _run(ours, x, training)
     truth = _run(twin(original, torch.float64), x.double(), training)
     for name, expected in truth.items():
+        if name not in got:
+            return f"{name}: none, where the block has one"
         factor = _rule.OUTPUT if name == "output" else _rule.GRADIENT
         if wrong := _rule.excess(got[name], same[name], expected, factor):
             return f"{name}: {wrong}"
@@ -358,23 +361,20 @@ def _run(block: nn.Module, x: torch.Tensor, training: bool) -> dict[str, torch.T
 
 
 def _results(block: nn.Module, x: torch.Tensor, training: bool) -> dict[str, torch.Tensor]:
+    x = x.clone()
     if not training:
         with torch.no_grad():
             return {"output": block(x)}
+    wanted = [x.requires_grad_(), *(p for p in block.parameters() if p.requires_grad)]
     with torch.enable_grad():
-        x = x.clone().requires_grad_()
-        wanted = [p for p in block.parameters() if p.requires_grad]
         out = block(x)
-        cotangent = torch.linspace(-1, 2, out.numel(), device=x.device).view_as(out).cos()
-        found = {"output": out.detach()}
-        try:
-            grads = torch.autograd.grad(
-                out, [x, *wanted], cotangent.to(out.dtype), allow_unused=True
-            )
-        except RuntimeError:  # mmcv's concatenation cannot
-            return found
-    found["gradient of x"] = grads[0]
-    flat = [g.flatten() for g in grads[1:] if g is not None]
-    if flat:
-        found["gradients of parameters"] = torch.cat(flat)
+        grads = gradients(out, wanted)
+    found = {"output": out.detach()}
+    if grads:
+        first, *others = (
+            torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)
+        )
+        found["gradient of x"] = first
+        if others:
+            found["gradients of parameters"] = torch.cat([g.flatten() for g in others])
     return found

@@ -140,17 +140,24 @@ def _results(made: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     with torch.enable_grad():
         out = made(x)
         found = {"output": out.detach()}
-        try:
-            # A cotangent that no symmetry of a norm cancels.
-            places = torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device)
-            cotangent = places.view_as(out).cos()
-            grads = torch.autograd.grad(out, [x, *wanted.values()], cotangent, allow_unused=True)
-        except RuntimeError as error:
-            # mmcv's concatenation changes in place what its backward needs.
-            if "modified by an inplace operation" not in str(error):
-                raise
-            grads = ()
+        grads = gradients(out, [x, *wanted.values()])
     names = [f"{_GRADIENT}x", *(f"{_GRADIENT}{name}" for name in wanted)]
     if grads:
         found |= {n: g for n, g in zip(names, grads, strict=True) if g is not None}
     return found | {f"buffer {name}": b.double() for name, b in made.named_buffers()}
+
+
+def gradients(out: torch.Tensor, wanted: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of a block's output, None for what it does not depend on.
+
+    Empty where the block changes in place what its backward needs, as mmcv's concatenation does.
+    """
+    # A cotangent that no symmetry of a norm cancels; in every dtype the same but for rounding.
+    places = torch.linspace(-1, 2, out.numel(), dtype=torch.float32, device=out.device)
+    cotangent = places.view_as(out).cos().to(out.dtype)
+    try:
+        return torch.autograd.grad(out, wanted, cotangent, allow_unused=True)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        return ()

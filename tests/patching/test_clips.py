@@ -159,6 +159,75 @@ def test_random_layers_of_blocks(dtype, monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Backward(torch.autograd.Function):
+    """The identity, whose backward is a function's."""
+
+    @staticmethod
+    def forward(ctx, y, change):
+        ctx.change = change
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.change(grad), None
+
+
+def broken(message):
+    def change(grad):
+        raise RuntimeError(message)
+
+    return change
+
+
+def with_backward(monkeypatch, change):
+    right = View.forward
+    monkeypatch.setattr(View, "forward", lambda self, x: Backward.apply(right(self, x), change))
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_gradients_in_inference_mode(made_inside, monkeypatch):
+    with torch.inference_mode(made_inside):
+        model = net()
+    with torch.inference_mode():
+        replace_nonlocal(model, check=CLIP).restore()
+        with_backward(monkeypatch, lambda grad: grad * 1.01)
+        with pytest.raises(RuntimeError, match=r"before, got\n  layer.1: gradient of x: "):
+            replace_nonlocal(model, check=CLIP)
+    assert_untouched(model)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("out of memory", "^out of memory$"),
+        ("has been modified by an inplace operation", r"layer.1: gradient of x: none, where the"),
+    ],
+)
+def test_backwards_that_fail(message, said, monkeypatch):
+    model = net()
+    with_backward(monkeypatch, broken(message))
+    with pytest.raises(RuntimeError, match=said):
+        replace_nonlocal(model, check=CLIP)
+    assert_untouched(model)
+
+
+def test_parameters_without_a_gradient(monkeypatch):
+    model = net()
+    right = View.forward
+
+    def forgetful(self, x):
+        bias = self.module.bn.bias.requires_grad_(False)
+        try:
+            return right(self, x)
+        finally:
+            bias.requires_grad_()
+
+    monkeypatch.setattr(View, "forward", forgetful)
+    with pytest.raises(RuntimeError, match=r"layer.1: gradients of parameters: max error"):
+        replace_nonlocal(model, check=CLIP)
+    assert_untouched(model)
+
+
 class Pathways(nn.Module):
     """Takes a list of two pathways, into which it assigns."""
 
