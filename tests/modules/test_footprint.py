@@ -165,7 +165,7 @@ def test_cpp_workspace_is_exact(isa, dtype, monkeypatch):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
 @pytest.mark.parametrize("op", ["softmax", "relu", "dot_product"])
-@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.gate)])
 def test_cpp_takes_no_more_and_at_least_half(op, dtype, sizes, training, count):
     with threads(count):
         extra, problem = measured(op, sizes, dtype, "cpp", training)
