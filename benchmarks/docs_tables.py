@@ -18,7 +18,7 @@ from typing import Any
 from .acceptance import problems
 from .readme_table import splice
 from .registry import GROUPS
-from .results import RESULTS, ROOT, SCHEMA, load
+from .results import RESULTS, ROOT, SCHEMA, cpu_or_gpu, load, newest
 
 CONFIGS = ROOT / "training" / "configs"
 CASES = GROUPS["targets"]
@@ -39,17 +39,14 @@ def tables(results: Path = RESULTS) -> str:
     Raises:
         ValueError: No complete file measured all cases.
     """
-    chosen: dict[str, tuple[Path, Mapping[str, Any]]] = {}
     reports = ((path, load(path)) for path in results.glob("*/*.json"))
-    fit = [found for found in reports if _fits(found[1])]
-    for path, report in sorted(fit, key=lambda found: found[1]["date"]):
-        chosen["gpu" if report["environment"]["gpu"] else "cpu"] = path, report
+    chosen = newest((found for found in reports if _fits(found[1])), cpu_or_gpu)
     if not chosen:
         raise ValueError(
             f"docs tables: expected a complete file of {', '.join(CASES)} under {results}, found "
             "none; run benchmarks.bench_ops --cases targets"
         )
-    return "\n\n".join(_device(path, report) for path, report in chosen.values())
+    return "\n\n".join(_device(path, report) for path, report in chosen)
 
 
 def _fits(report: Mapping[str, Any]) -> bool:
@@ -116,17 +113,15 @@ def patched(results: Path = RESULTS) -> str:
     Raises:
         ValueError: No complete file measured replaced blocks.
     """
-    newest: dict[str, tuple[Path, Mapping[str, Any]]] = {}
     reports = ((path, load(path)) for path in results.glob("*/*-patched.json"))
-    for path, report in sorted(reports, key=lambda found: found[1]["date"]):
-        if report["complete"]:
-            newest[report["environment"]["slug"]] = path, report
-    if not newest:
+    complete = (found for found in reports if found[1]["complete"])
+    chosen = newest(complete, lambda report: report["environment"]["slug"])
+    if not chosen:
         raise ValueError(
             f"docs tables: expected a complete *-patched.json under {results}, found none; "
             "run python -m tests.patching.measure"
         )
-    return "\n\n".join(_replaced(path, report) for path, report in newest.values())
+    return "\n\n".join(_replaced(path, report) for path, report in chosen)
 
 
 def _replaced(path: Path, report: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from .acceptance import CASE, Rows, problems
 from .registry import DTYPES
-from .results import RESULTS, ROOT, load
+from .results import RESULTS, ROOT, cpu_or_gpu, load, newest
 
 BEGIN = "<!-- benchmark table: begin -->"
 END = "<!-- benchmark table: end -->"
@@ -44,19 +44,21 @@ def table(results: Path = RESULTS) -> str:
 
 def _newest(results: Path) -> list[tuple[Path, Mapping[str, Any]]]:
     """The newest file of any CPU, and that of any GPU."""
-    chosen = {}
     reports = [(path, load(path)) for path in sorted(results.glob("*/*.json"))]
-    for path, report in sorted(reports, key=lambda found: found[1]["date"]):
-        if any(kind == KINDS[0] for kind, _, _ in problems(report, CASE)):
-            chosen["gpu" if report["environment"]["gpu"] else "cpu"] = path, report
-    for path, report in chosen.values():
+    fit = [
+        (path, report)
+        for path, report in reports
+        if any(kind == KINDS[0] for kind, _, _ in problems(report, CASE))
+    ]
+    chosen = newest(fit, cpu_or_gpu)
+    for path, report in chosen:
         if not report["complete"] or report["tests"]["outcome"] != "passed":
             raise ValueError(
                 f"{path}: expected a complete run with passing tests, got "
                 f"complete={report['complete']}, tests {report['tests']['outcome']}; "
                 "run it with --tests tests/ops"
             )
-    return list(chosen.values())
+    return chosen
 
 
 def _device_table(path: Path, report: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -325,6 +325,21 @@ def _require(where: str, fields: Mapping[str, Any], names: tuple[str, ...]) -> N
     missing = [name for name in names if name not in fields]
     if missing:
         raise ValueError(f"{where}: missing {', '.join(missing)}")
+
+
+def newest(
+    found: Iterable[tuple[Path, dict[str, Any]]], place: Callable[[dict[str, Any]], str]
+) -> list[tuple[Path, dict[str, Any]]]:
+    """Of files and their reports the newest of each place, such as `cpu_or_gpu`."""
+    chosen = {}
+    for path, report in sorted(found, key=lambda each: each[1]["date"]):
+        chosen[place(report)] = path, report
+    return list(chosen.values())
+
+
+def cpu_or_gpu(report: Mapping[str, Any]) -> str:
+    """The kind of device that a report is of."""
+    return "gpu" if report["environment"]["gpu"] else "cpu"
 
 
 def load(path: Path) -> dict[str, Any]:

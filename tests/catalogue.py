@@ -32,10 +32,10 @@ def named(where: str) -> list[str]:
     return re.findall(r"`([\w/]+\.py::test_\w+)`", where)
 
 
-def outcomes(report: Path) -> dict[str, Counter]:
+def outcomes(report: ET.ElementTree) -> dict[str, Counter]:
     """path::test -> how many of its cases passed, failed, were skipped, in a report of pytest."""
     found: dict[str, Counter] = {}
-    for case in ET.parse(report).iter("testcase"):
+    for case in report.iter("testcase"):
         path = case.get("classname", "").removeprefix("tests.").replace(".", "/")
         test = f"{path}.py::{case.get('name', '').partition('[')[0]}"
         kinds = {child.tag for child in case}
@@ -45,26 +45,33 @@ def outcomes(report: Path) -> dict[str, Counter]:
     return found
 
 
-def add(kept: dict, report: Path, wanted: set[str], committed: datetime) -> None:
+def add(kept: dict, report: Path, wanted: set[str], committed: datetime, here: dict) -> None:
     """Put what a report says of the wanted tests in place of what was kept of it.
+
+    Args:
+        kept: what tests/results.json holds.
+        report: an XML report of pytest.
+        wanted: path::test of what the table names.
+        committed: when what is checked out was.
+        here: `results.environment` of this machine.
 
     Raises:
         ValueError: The report is older than the commit that is checked out.
     """
-    date = datetime.fromisoformat(ET.parse(report).find("testsuite").get("timestamp")).astimezone()
+    parsed = ET.parse(report)
+    date = datetime.fromisoformat(parsed.find("testsuite").get("timestamp")).astimezone()
     if date < committed:
         raise ValueError(
             f"{report}: expected tests of the commit that is checked out, got a run of {date}, "
             f"before that of {committed}; run them again"
         )
-    here = results.environment(torch.device("cpu"))
     chosen = ("cpu_model", "cores", "gpu", "git_hash", "git_dirty")
     kept["reports"][report.stem] = {
         "date": date.isoformat(timespec="seconds"),
         **{name: here[name] for name in chosen},
         "versions": {name: here["versions"][name] for name in ("python", "torch")},
     }
-    found = outcomes(report)
+    found = outcomes(parsed)
     for test in wanted:
         counts = kept["tests"].setdefault(test, {})
         counts.pop(report.stem, None)
@@ -72,12 +79,18 @@ def add(kept: dict, report: Path, wanted: set[str], committed: datetime) -> None
             counts[report.stem] = dict(sorted(found[test].items()))
 
 
-def cell(tests: list[str], kept: dict) -> str:
-    """As `3 passed, 1 skipped`: all cases of a row's tests in all reports."""
+def total_of(tests: list[str], kept: dict) -> Counter:
+    """Cases of these tests in all reports, by outcome."""
     total: Counter = Counter()
     for test in tests:
         for counts in kept["tests"].get(test, {}).values():
             total.update(counts)
+    return total
+
+
+def cell(tests: list[str], kept: dict) -> str:
+    """As `3 passed, 1 skipped`."""
+    total = total_of(tests, kept)
     return ", ".join(f"{total[name]} {name}" for name in OUTCOMES if total[name]) or "not run"
 
 
@@ -110,8 +123,10 @@ def main(arguments: list[str] | None = None) -> int:
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {"reports": {}, "tests": {}}
     kept["tests"] = {test: counts for test, counts in kept["tests"].items() if test in wanted}
     try:
+        if reports:
+            committed, here = commit_date(), results.environment(torch.device("cpu"))
         for report in reports:
-            add(kept, report, wanted, commit_date())
+            add(kept, report, wanted, committed, here)
     except (OSError, ValueError, ET.ParseError) as error:
         print(f"tests.catalogue: {error}", file=sys.stderr)
         return 2

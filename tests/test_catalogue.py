@@ -3,17 +3,19 @@
 import ast
 import json
 import re
-from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import results
 from tests import catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = catalogue.TABLE.read_text()
 ROWS = [row[:4] for row in catalogue.ROW.findall(TABLE)]
+HERE = results.environment(torch.device("cpu"))
 
 
 def named(where: str) -> list[list[str]]:
@@ -54,9 +56,7 @@ def test_results_are_those_that_are_kept():
     kept = json.loads(catalogue.KEPT.read_text())
     assert catalogue.written(TABLE, kept) == TABLE
     for test in {test for row in ROWS for test in catalogue.named(row[2])}:
-        counts = Counter()
-        for of_report in kept["tests"].get(test, {}).values():
-            counts.update(of_report)
+        counts = catalogue.total_of([test], kept)
         assert counts["passed"] > 0, f"{test}: no case passed; {dict(counts)}"
         assert counts["failed"] == 0, f"{test}: {dict(counts)}"
 
@@ -78,8 +78,9 @@ def report(tmp_path):
 
 def test_every_case_is_counted_once(report):
     kept = {"reports": {}, "tests": {"ops/test_a.py::test_b": {"test": {"passed": 4}}}}
+    committed = datetime(2026, 1, 1, tzinfo=UTC)
     for _ in range(2):  # a report replaces what was kept of it
-        catalogue.add(kept, report, {"ops/test_a.py::test_b"}, datetime(2026, 1, 1, tzinfo=UTC))
+        catalogue.add(kept, report, {"ops/test_a.py::test_b"}, committed, HERE)
     text = "Results of none.\n| 1 | sums | `ops/test_a.py::test_b` | test | - |\n"
     line, row = catalogue.written(text, kept).splitlines()
     assert row.endswith("| test | 5 passed, 1 failed, 1 skipped |")
@@ -90,7 +91,7 @@ def test_every_case_is_counted_once(report):
 
 def test_reports_older_than_the_commit_are_refused(report):
     with pytest.raises(ValueError, match="run them again"):
-        catalogue.add({}, report, set(), datetime(2026, 1, 3, tzinfo=UTC))
+        catalogue.add({}, report, set(), datetime(2026, 1, 3, tzinfo=UTC), HERE)
 
 
 def test_what_the_readme_places_is_there():

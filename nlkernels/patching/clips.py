@@ -115,6 +115,11 @@ def described(clip: Any) -> str:
     return repr(clip) if isinstance(clip, str | int | float) else describe(clip)
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first; "" for one that says nothing."""
+    return next(iter(str(error).splitlines()), "")
+
+
 def guessed_shape(where: str, model: nn.Module, edge: int | None = None) -> tuple[int, ...]:
     """A shape that the first convolution of a model takes."""
     for layer in model.modules():
@@ -152,11 +157,10 @@ def first_run(
         with _inputs(blocks, record):
             returned = _run_model(model, clip)
     except Exception as error:
-        said = next(iter(str(error).splitlines()), "")
         raise ValueError(
             f"{where}: expected a clip that the model takes, got {described(clip)} "
-            f"({type(error).__name__}: {said}); pass its input or the shape of that, as a list of "
-            "them for a model that takes a list, such as pathways"
+            f"({type(error).__name__}: {first_line(error)}); pass its input or the shape of that, "
+            "as a list of them for a model that takes a list, such as pathways"
         ) from error
     idle = [name for name in blocks if name not in seen]
     if idle:
@@ -311,8 +315,10 @@ def excess_of(block: nn.Module, seen: Seen) -> str:
     )
     # No gradient is computed in inference mode, nor of its tensors.
     with torch.inference_mode(False), region:
-        found = [_excess(block, each) for each in (seen.x, nudged(seen.x, seen.eps))]
-    return found[0] + equality_of(seen) if all(found) else ""
+        found = _excess(block, seen.x)
+        if not found or not _excess(block, nudged(seen.x, seen.eps)):
+            return ""
+    return found + equality_of(seen)
 
 
 def equality_of(seen: Seen) -> str:

@@ -12,11 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from nlkernels._warmup import unchanged
 from nlkernels.patching import clips
+from nlkernels.patching.twins import HOOKS
 
 # Pixels of a clip that only shapes are made of: what the heads of most networks ask for.
 _EDGE = 224
-# Where a module keeps its hooks.
-_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
 
 
 class _Stand(nn.Module):
@@ -121,7 +120,7 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _said(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return clips.first_line(error) or type(error).__name__
 
 
 def _copy(
@@ -131,7 +130,7 @@ def _copy(
     memo: dict[int, Any] = {}
     for module in model.modules():
         kept = vars(module)
-        memo.update((id(kept[hooks]), OrderedDict()) for hooks in _HOOKS if hooks in kept)
+        memo.update((id(kept[hooks]), OrderedDict()) for hooks in HOOKS if hooks in kept)
         for leaf in tree_leaves(list(kept.values())):
             if isinstance(leaf, torch.Tensor) and id(leaf) not in memo:
                 memo[id(leaf)] = of(leaf)

@@ -211,8 +211,7 @@ def _tried(each: Found) -> str:
             return f"it has {unknown}"
         why = difference(each.module, each.system.view)
     except Exception as error:
-        line, *_ = str(error).split("\n")
-        return f"it cannot be tried: {type(error).__name__}: {line}"
+        return f"it cannot be tried: {type(error).__name__}: {clips.first_line(error)}"
     return f"it is no block of {each.system.name} as published: {why}" if why else ""
 
 

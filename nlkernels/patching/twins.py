@@ -23,15 +23,8 @@ _TOLERANCE = 1e-9
 _GRADIENT = "gradient of "
 # Hooks that compute a weight of the module which calls them.
 _COMPUTE = (WeightNorm, SpectralNorm, BasePruningMethod)
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+# Where a module keeps its hooks.
+HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
 
 
 def twin(module: nn.Module, dtype: torch.dtype | None = None, device: object = None) -> nn.Module:
@@ -58,7 +51,7 @@ def twin(module: nn.Module, dtype: torch.dtype | None = None, device: object = N
     for name, held in module.__dict__.items():
         made.__dict__[name] = copied(held) if isinstance(held, torch.Tensor) else held
     made.__dict__.pop("forward", None)
-    made.__dict__.update({name: OrderedDict() for name in _HOOKS})
+    made.__dict__.update({name: OrderedDict() for name in HOOKS})
     made._forward_pre_hooks.update(
         (key, hook) for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _COMPUTE)
     )

@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import nn
 
+from nlkernels.patching.view import View
 from tests.patching.packages.lib import (
     non_local_concatenation,
     non_local_dot_product,
@@ -109,3 +110,22 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.head(self.layer(self.stem(x).relu()).mean((2, 3, 4)))
+
+
+class Backward(torch.autograd.Function):
+    """The identity, whose backward is a function's."""
+
+    @staticmethod
+    def forward(ctx, y, change):
+        ctx.change = change
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.change(grad), None
+
+
+def with_backward(monkeypatch, change):
+    """Replaced blocks have the backward that a function makes of their own."""
+    right = View.forward
+    monkeypatch.setattr(View, "forward", lambda self, x: Backward.apply(right(self, x), change))

@@ -10,7 +10,7 @@ from torch import nn
 from nlkernels import insert_nonlocal, replace_nonlocal
 from nlkernels.patching import clips
 from nlkernels.patching.view import View
-from tests.patching.blocks import Net, randomised
+from tests.patching.blocks import Net, randomised, with_backward
 from tests.patching.packages.slowfast.models.nonlocal_helper import Nonlocal
 
 CLIP = (2, 3, 4, 8, 8)
@@ -159,29 +159,11 @@ def test_random_layers_of_blocks(dtype, monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-class Backward(torch.autograd.Function):
-    """The identity, whose backward is a function's."""
-
-    @staticmethod
-    def forward(ctx, y, change):
-        ctx.change = change
-        return y.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.change(grad), None
-
-
 def broken(message):
     def change(grad):
         raise RuntimeError(message)
 
     return change
-
-
-def with_backward(monkeypatch, change):
-    right = View.forward
-    monkeypatch.setattr(View, "forward", lambda self, x: Backward.apply(right(self, x), change))
 
 
 @pytest.mark.parametrize("made_inside", [False, True])

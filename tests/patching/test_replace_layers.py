@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from nlkernels import NonLocalBlock3d, replace_nonlocal
-from nlkernels.patching.view import View
-from tests.patching.blocks import assert_same, randomised, results
+from tests.patching.blocks import assert_same, randomised, results, with_backward
 from tests.patching.packages.lib.non_local_embedded_gaussian import NONLocalBlock3D as Embedded
 from tests.patching.packages.lib.non_local_gaussian import NONLocalBlock3D as Gaussian
 from tests.patching.packages.slowfast.models.nonlocal_helper import Nonlocal
@@ -230,24 +229,10 @@ def test_errors_name_the_class():
         made.footprint((1, 7, 2, 6, 6))
 
 
-class Doubled(torch.autograd.Function):
-    """Its gradient is not its own."""
-
-    @staticmethod
-    def forward(ctx, x, factor):
-        ctx.factor = factor
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.factor, None
-
-
 @pytest.mark.parametrize("default", ["cpu", "meta"])
 @pytest.mark.parametrize("steps", [0, 10**9])
 def test_wrong_gradients_are_seen(steps, default, monkeypatch):
-    right = View.forward
-    monkeypatch.setattr(View, "forward", lambda self, x: Doubled.apply(right(self, x), 1.0001))
+    with_backward(monkeypatch, lambda grad: grad * 1.0001)
     made = block()
     made.bn.num_batches_tracked.fill_(steps)
     with torch.device(default), pytest.raises(ValueError, match=r"its gradient of .* differs by"):
